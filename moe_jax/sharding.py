@@ -1,0 +1,133 @@
+"""Where arrays live: the device mesh, and the rules from logical axis names to mesh axes.
+
+Model code names logical axes ('expert', 'embed'); this file and `gin/meshes/` alone say which mesh axis holds them:
+
+  data    replicas of everything, or shards of the weights (FSDP)
+  expert  experts live along it; everywhere else it is more data parallelism
+  model   tensor parallelism: heads, hidden widths, vocabulary
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from moe_jax.types import Array, ConfigError, Initializer
+
+MESH_AXES = ('data', 'expert', 'model')
+AxisRules = Sequence[tuple[str, str | tuple[str, ...] | None]]
+
+_ACTIVATIONS: AxisRules = (
+  ('batch', ('data', 'expert')),
+  ('expert_group', 'data'),  # groups as an expert sees them, after the all-to-all
+)
+_WEIGHTS: AxisRules = (
+  ('expert', 'expert'),
+  ('vocab', 'model'),
+  ('heads', 'model'),
+  ('mlp', 'model'),
+  ('expert_mlp', 'model'),
+  ('layers', None),
+  ('head_dim', None),
+)
+
+
+def replicated_rules() -> AxisRules:
+  """Weights are whole on every data replica; experts, heads and hidden widths are split over their mesh axes."""
+  return (*_ACTIVATIONS, *_WEIGHTS, ('embed', None))
+
+
+def fsdp_rules() -> AxisRules:
+  """As `replicated_rules`, and the 'embed' axis of every weight is split over the data-parallel devices (ZeRO-3)."""
+  # Expert weights already use the expert axis, so theirs falls through to the second rule.
+  return (*_ACTIVATIONS, *_WEIGHTS, ('embed', ('data', 'expert')), ('embed', 'data'))
+
+
+def mesh_shape(wish: Mapping[str, int], num_devices: int, num_experts: int = 0) -> dict[str, int]:
+  """Fills in the -1s of a wished mesh shape.
+
+  Args:
+    wish: mesh axis -> size; a missing axis has size 1. 'expert': -1 takes the widest size that divides both the devices
+      and the experts; 'data': -1 takes all devices that are left.
+    num_devices: devices to use.
+    num_experts: experts in a sparse layer; 0 for a dense model.
+
+  Raises:
+    ConfigError: if an axis is unknown, or the sizes do not multiply to the number of devices.
+  """
+  shape = {axis: wish.get(axis, 1) for axis in MESH_AXES}
+  if unknown := sorted(set(wish) - set(MESH_AXES)):
+    raise ConfigError(f'MESH has an unknown axis {unknown[0]!r}: choose among {", ".join(MESH_AXES)}.')
+  if any(size < 1 and not (size == -1 and axis != 'model') for axis, size in shape.items()):
+    raise ConfigError(f'MESH sizes are positive, or -1 on data or expert for "what fits", not {dict(wish)}.')
+  if shape['expert'] == -1:
+    free = num_devices // math.prod(size for size in shape.values() if size > 0)
+    shape['expert'] = math.gcd(free, num_experts) if num_experts else 1
+  if shape['data'] == -1:
+    shape['data'] = max(1, num_devices // (shape['expert'] * shape['model']))
+  if math.prod(shape.values()) != num_devices:
+    raise ConfigError(
+      f'MESH {shape} needs {math.prod(shape.values())} devices and there are {num_devices}:'
+      " change MESH (-1 on 'data' takes what is left), or FAKE_DEVICES on a CPU."
+    )
+  return shape
+
+
+def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """Builds the mesh, placing neighbouring coordinates on neighbouring chips."""
+  if devices is None:
+    devices = jax.devices()
+  # Auto axes: `jax.make_mesh` now makes Explicit ones by default, under which constraints on activations are refused.
+  types = (AxisType.Auto,) * len(MESH_AXES)
+  sizes = tuple(shape[axis] for axis in MESH_AXES)
+  if devices[0].platform == 'cpu':  # no wiring to respect, and any subset of devices will do
+    return Mesh(np.asarray(devices[: math.prod(sizes)]).reshape(sizes), MESH_AXES, axis_types=types)
+  return jax.make_mesh(sizes, MESH_AXES, axis_types=types, devices=devices)
+
+
+@contextlib.contextmanager
+def activate(mesh: Mesh, rules: AxisRules) -> Iterator[None]:
+  """The one way in: everything that initialises, traces or runs a model does so inside it."""
+  # `jax.set_mesh`, not `with mesh:`; under the latter today's Flax drops logical constraints without a word.
+  with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(rules)):
+    yield
+
+
+def spec(*names: str | None) -> PartitionSpec:
+  """The partition spec of an array whose axes have these logical names (None: not split) under the active rules."""
+  rules = nn.get_logical_axis_rules()
+  if unknown := [name for name in names if name is not None and name not in dict(rules)]:
+    if rules:
+      raise ConfigError(f'No rule says where the logical axis {unknown[0]!r} lives: add one to AXIS_RULES.')
+    return PartitionSpec(*(None,) * len(names))
+  return nn.logical_to_mesh_axes(names, rules)
+
+
+def named_sharding(mesh: Mesh, *names: str | None) -> NamedSharding:
+  """As `spec`, on a mesh."""
+  return NamedSharding(mesh, spec(*names))
+
+
+def constrain(x: Array, *names: str | None) -> Array:
+  """Pins the layout of `x` by logical axis names; without an active mesh, does nothing."""
+  if jax.sharding.get_abstract_mesh().empty:
+    return x
+  return jax.lax.with_sharding_constraint(x, spec(*names))
+
+
+def shards(name: str) -> int:
+  """Over how many devices the logical axis is split under the active mesh and rules; 1 without a mesh."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return 1
+  axes = spec(name)[0] or ()
+  return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
+
+
+def partitioned(initializer: Initializer, *names: str | None) -> Initializer:
+  """An initializer whose parameter carries its logical axis names."""
+  return nn.with_logical_partitioning(initializer, names)

@@ -1,0 +1,48 @@
+"""The words every floor of the library shares.
+
+`Aux` is what a layer reports besides its output. Everything in it is *additive*: a sum over the tokens at hand divided by
+the token count of the whole batch. So microbatches, groups and devices add up, and nothing is ever averaged twice.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+Array = jax.Array
+Dtype = Any
+Batch = Mapping[str, Array]  # seqio's feature names, e.g. 'decoder_input_tokens': int32[B, L]
+Metrics = dict[str, Array]
+Initializer = Callable[..., Array]
+
+
+class ConfigError(ValueError):
+  """A wish that cannot be met. Its message is one line: what is wrong, and what to do about it."""
+
+
+@struct.dataclass
+class Aux:
+  """What a layer reports besides its output.
+
+  Attributes:
+    losses: float32[...] each, already weighted by their coefficients; all of them are added to the training loss.
+    metrics: watched, never trained on.
+  """
+
+  losses: dict[str, Array] = struct.field(default_factory=dict)
+  metrics: dict[str, Array] = struct.field(default_factory=dict)
+
+
+def nest(**children: Aux) -> Aux:
+  """Files each child under its name: `nest(moe=aux)` turns the key 'balance' into 'moe/balance'."""
+  return Aux(
+    losses={f'{name}/{key}': value for name, aux in children.items() for key, value in aux.losses.items()},
+    metrics={f'{name}/{key}': value for name, aux in children.items() for key, value in aux.metrics.items()},
+  )
+
+
+def total_loss(aux: Aux) -> Array:
+  """The sum of all auxiliary losses over all layers, float32[]."""
+  return sum((jnp.sum(loss, dtype=jnp.float32) for loss in aux.losses.values()), jnp.float32(0))
