@@ -1,0 +1,245 @@
+"""Batches: seqio tasks packed, batched and laid out over the mesh. The one file of the library that meets TensorFlow.
+
+Every batch has the same features, all [B, L], whether packed or not:
+
+  decoder_input_tokens   int32    the targets shifted right; 0 is both the first token of a segment and padding
+  decoder_target_tokens  int32    0 is padding
+  decoder_loss_weights   float32  1 where the loss is taken
+  decoder_segment_ids    int32    1, 2, ... for the examples packed in a row; 0 is padding
+  decoder_positions      int32    from 0 in each segment
+  encoder_input_tokens, encoder_segment_ids, encoder_positions    int32, with an encoder only
+"""
+
+import collections
+import difflib
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import seqio
+import tensorflow as tf
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+
+from moe_jax.types import Array, Batch, ConfigError
+
+tf.config.set_visible_devices([], 'GPU')  # else TensorFlow takes the memory that JAX is about to use
+
+# DecoderFeatureConverter is a plain language model for 'targets' alone, and a prefix one for 'inputs' and 'targets'.
+_CONVERTERS = {'decoder_only': seqio.DecoderFeatureConverter, 'encoder_decoder': seqio.EncDecFeatureConverter}
+_DECODER = ('input_tokens', 'target_tokens', 'loss_weights', 'segment_ids', 'positions')
+_ENCODER = ('input_tokens', 'segment_ids', 'positions')
+
+
+def batch_spec(lengths: Mapping[str, int], batch_size: int, converter: str) -> dict[str, jax.ShapeDtypeStruct]:
+  """What `batches` yields, found without reading data."""
+  if converter == 'decoder_only':
+    columns = {f'decoder_{name}': sum(lengths.values()) for name in _DECODER}
+  else:
+    columns = {f'decoder_{name}': lengths['targets'] for name in _DECODER}
+    columns |= {f'encoder_{name}': lengths['inputs'] for name in _ENCODER}
+  dtypes = {'decoder_loss_weights': jnp.float32}
+  return {name: jax.ShapeDtypeStruct((batch_size, n), dtypes.get(name, jnp.int32)) for name, n in columns.items()}
+
+
+def vocabulary(task: str, modules: Sequence[str] = ('tasks.local_text',)) -> seqio.Vocabulary:
+  """The vocabulary of the targets, to turn tokens into text and back."""
+  return _provider(task, modules).output_features['targets'].vocabulary
+
+
+def text_of(tokens: Sequence[int] | Array, vocabulary: seqio.Vocabulary) -> str:
+  """The text of int32[L] tokens up to the first EOS; padding says nothing."""
+  return vocabulary.decode([int(token) for token in tokens if token])
+
+
+class BatchIterator(Iterator[Batch]):
+  """Global batches, and where in the data they are."""
+
+  def __init__(self, dataset: tf.data.Dataset, spec: Batch, sharding: NamedSharding, finite: bool, origin: str):
+    """Starts at the beginning.
+
+    Args:
+      dataset: batches of this host, the last of which may be short.
+      spec: of the global batch.
+      sharding: of the global batch.
+      finite: the dataset ends, perhaps not after as many batches on every host.
+      origin: which data these are; a place saved in others is not restored.
+    """
+    self._spec, self._sharding, self._finite, self._origin = spec, sharding, finite, origin
+    self._hosts = _shard_info(sharding).num_shards
+    self._iterator = iter(dataset)
+    self._checkpoint = tf.train.Checkpoint(iterator=self._iterator, origin=tf.Variable(origin))
+
+  def __next__(self) -> Batch:
+    """A dict of global arrays [B, L]. A short batch is filled up with rows of zeros, which weigh nothing."""
+    local = next(self._iterator, None)
+    here = local is not None
+    if not (_on_any_host(here) if self._finite else here):
+      raise StopIteration
+    batch = {}
+    for name, spec in self._spec.items():
+      array = np.zeros((spec.shape[0] // self._hosts, *spec.shape[1:]), spec.dtype)
+      if here:
+        array[: len(local[name])] = local[name]
+      batch[name] = jax.make_array_from_process_local_data(self._sharding, array, spec.shape)
+    return batch
+
+  def save(self, path: str) -> None:
+    """Writes this host's place in the data, shuffle buffers included, to files whose names begin with `path`."""
+    self._checkpoint.write(_host_path(path))
+
+  def restore(self, path: str) -> None:
+    """Goes to the place that `save` wrote: the batches that follow are the same to the bit.
+
+    Raises:
+      ConfigError: if the files are missing or damaged, or hold a place in other data.
+    """
+    path = _host_path(path)
+    try:
+      saved = tf.train.load_checkpoint(path).get_tensor('origin/.ATTRIBUTES/VARIABLE_VALUE').decode()
+      if saved != self._origin:
+        raise ConfigError(f'{path} is a place in other data: {saved}, not {self._origin}.')
+      self._checkpoint.read(path).assert_consumed()
+    except (tf.errors.OpError, AssertionError, LookupError, RuntimeError) as error:
+      message = f'{path}, the place in the data to go on from, is missing or damaged: take an earlier checkpoint.'
+      raise ConfigError(message) from error
+
+
+def batches(
+  task: str,
+  lengths: Mapping[str, int],
+  batch_size: int,
+  split: str,
+  *,
+  converter: str,
+  sharding: NamedSharding,
+  modules: Sequence[str] = ('tasks.local_text',),
+  vocab_size: int | None = None,
+  seed: int = 0,
+  shuffle: bool = True,
+  num_epochs: int | None = None,
+  pack: bool = True,
+) -> BatchIterator:
+  """Reads a seqio task as global batches; each host reads only the rows its devices hold.
+
+  Args:
+    task: the name of a seqio task or mixture.
+    lengths: task feature -> tokens a row, such as {'targets': 256}.
+    batch_size: rows of a global batch.
+    split: 'train', 'validation', ...
+    converter: 'decoder_only' or 'encoder_decoder'.
+    sharding: how rows are split over devices.
+    modules: imported for the tasks they register.
+    vocab_size: of the model; None to leave it unchecked.
+    seed: of the order and of everything drawn at random; the same seed gives the same batches.
+    num_epochs: None for ever, each epoch in an order of its own.
+    pack: puts several short examples in a row.
+
+  Raises:
+    ConfigError: as `check`, or from the task.
+  """
+  check(task, lengths, batch_size, split, converter, sharding, modules, vocab_size)
+  shard = _shard_info(sharding)
+  order = {'shuffle': shuffle, 'num_epochs': num_epochs, 'seed': seed}
+  options = tf.data.Options()
+  options.deterministic = True
+  dataset = _examples(shard, task, lengths, split, converter, pack, **order)
+  dataset = dataset.batch(batch_size // shard.num_shards).prefetch(2).with_options(options)
+  origin = f'{split} of {task}, {converter}, {dict(lengths)}, {batch_size} a batch, pack={pack}, {order}'
+  spec = batch_spec(lengths, batch_size, converter)
+  return BatchIterator(dataset, spec, sharding, finite=num_epochs is not None, origin=origin)
+
+
+def check(
+  task: str,
+  lengths: Mapping[str, int],
+  batch_size: int,
+  split: str,
+  converter: str,
+  sharding: NamedSharding,
+  modules: Sequence[str] = ('tasks.local_text',),
+  vocab_size: int | None = None,
+) -> None:
+  """Sees that `batches` could be made, reading no data.
+
+  Raises:
+    ConfigError: if there is no such task, split or converter; if the task lacks a feature; if its tokens exceed the
+      model's vocabulary; if rows do not divide over devices.
+  """
+  provider = _provider(task, modules)
+  if converter not in _CONVERTERS:
+    raise ConfigError(f'No converter {converter!r}: choose among {", ".join(_CONVERTERS)}.')
+  if split not in provider.splits:
+    raise ConfigError(f'{task} has no split {split!r}: choose among {", ".join(sorted(provider.splits))}.')
+  wanted = {'targets', *lengths} | ({'inputs'} if converter == 'encoder_decoder' else set())
+  if wanted != set(lengths) or wanted - set(provider.output_features):
+    have = ', '.join(provider.output_features)
+    raise ConfigError(
+      f'TASK_FEATURE_LENGTHS={dict(lengths)} do not suit a model that is {converter} and {task}, which has {have}.'
+    )
+  needed = max(provider.output_features[name].vocabulary.vocab_size for name in lengths)
+  if vocab_size is not None and vocab_size < needed:
+    raise ConfigError(f'VOCAB_SIZE={vocab_size} is less than the {needed} token ids of {task}: raise it.')
+  parts = sharding.num_devices // sharding.shard_shape((sharding.num_devices, 1))[0]
+  if batch_size < 1 or batch_size % parts:
+    raise ConfigError(f'BATCH_SIZE={batch_size} does not divide over {parts} devices: make it a multiple of {parts}.')
+
+
+def _provider(task: str, modules: Sequence[str]) -> seqio.Task | seqio.Mixture:
+  for module in modules:
+    try:
+      importlib.import_module(module)
+    except ModuleNotFoundError as error:
+      raise ConfigError(f'TASK_MODULES names {module!r}, which cannot be imported: {error}.') from error
+  names = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
+  if task not in names:
+    nearest = difflib.get_close_matches(task, sorted(names), n=1, cutoff=0)
+    raise ConfigError(f'No task {task!r} in {", ".join(modules)}: did you mean {"".join(nearest)!r}?')
+  return seqio.get_mixture_or_task(task)
+
+
+def _examples(
+  shard: seqio.ShardInfo,
+  task: str,
+  lengths: Mapping[str, int],
+  split: str,
+  converter: str,
+  pack: bool = True,
+  **order: int | bool | None,
+) -> tf.data.Dataset:
+  """The rows of one shard, with the features of `batch_spec`, each [L]. order: shuffle, num_epochs, seed."""
+
+  def complete(row):
+    added = {}
+    for side, tokens in (('decoder', 'decoder_target_tokens'), ('encoder', 'encoder_input_tokens')):
+      if tokens in row and not pack:
+        real = tf.not_equal(row[tokens], 0)
+        added |= {f'{side}_segment_ids': tf.cast(real, tf.int32), f'{side}_positions': tf.range(tf.size(real))}
+    row = row | added | {'decoder_loss_weights': tf.cast(row['decoder_loss_weights'], tf.float32)}
+    row.pop('decoder_causal_attention', None)  # of a prefix; our decoders are causal throughout
+    return row
+
+  rows = seqio.get_dataset(
+    task, dict(lengths), _CONVERTERS[converter](pack=pack), split, shard_info=shard, verbose=False, **order
+  )
+  return rows.map(complete)
+
+
+def _shard_info(sharding: NamedSharding) -> seqio.ShardInfo:
+  """Which part of the rows this host's devices hold; hosts whose devices hold the same rows read the same files."""
+  rows = collections.defaultdict(set)
+  for device, (index, _) in sharding.devices_indices_map((sharding.num_devices, 1)).items():
+    rows[device.process_index].add(index.start or 0)
+  parts = sorted({tuple(sorted(starts)) for starts in rows.values()})
+  return seqio.ShardInfo(index=parts.index(tuple(sorted(rows[jax.process_index()]))), num_shards=len(parts))
+
+
+def _on_any_host(here: bool) -> bool:
+  """Whether it holds on some host: all must go on making batches while one has data, or the others wait for ever."""
+  return here if jax.process_count() == 1 else bool(np.any(multihost_utils.process_allgather(np.array(here))))
+
+
+def _host_path(path: str) -> str:
+  return f'{path}-{jax.process_index():05d}-of-{jax.process_count():05d}'

@@ -1,0 +1,125 @@
+"""Attention: over the sequence itself, or over an encoder's output, with a key-value cache for decoding.
+
+Letters: B batch, L length, M width, H heads, K key-value heads, D head width, N cache slots.
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moe_jax import sharding
+from moe_jax.layers.context import Context
+from moe_jax.layers.initializers import fan_in
+from moe_jax.layers.positions import relative_bias, rotate
+from moe_jax.types import Array, Aux, Dtype, Initializer
+
+
+def segment_mask(query_segments: Array, key_segments: Array) -> Array:
+  """bool[B, 1, Lq, Lk]: a token sees its own segment only, and never padding (segment 0)."""
+  same = query_segments[:, :, None] == key_segments[:, None, :]
+  return (same & (key_segments > 0)[:, None, :])[:, None]
+
+
+class _Attention(nn.Module):
+  """Projections and the weighted sum; the two kinds of attention differ in whom they look at.
+
+  Attributes:
+    num_heads, head_dim: H and D.
+    num_kv_heads: K, fewer than H for grouped queries; None is H.
+    query_scale: multiplies the logits; None is 1/sqrt(D), T5 uses 1.
+  """
+
+  num_heads: int
+  head_dim: int
+  num_kv_heads: int | None = None
+  query_scale: float | None = None
+  kernel_init: Callable[..., Initializer] = fan_in
+  dtype: Dtype = 'float32'
+
+  def project(self, name: str, x: Array, heads: int) -> Array:
+    """float[B, L, M] -> float[B, L, heads, D]."""
+    init = sharding.partitioned(self.kernel_init(in_axis=0, out_axis=(1, 2)), 'embed', 'heads', 'head_dim')
+    kernel = self.param(name, init, (x.shape[-1], heads, self.head_dim)).astype(self.dtype)
+    return sharding.constrain(jnp.einsum('blm,mhd->blhd', x.astype(self.dtype), kernel), 'batch', None, 'heads', None)
+
+  def attend(self, query: Array, key: Array, value: Array, mask: Array, bias: Array | None, width: int) -> Array:
+    """float[B, Lq, H, D] and float[B, Lk, K, D] twice -> float[B, Lq, M]; softmax in float32."""
+    mixed = jax.nn.dot_product_attention(query, key, value, bias=bias, mask=mask, scale=self.query_scale)
+    init = sharding.partitioned(self.kernel_init(in_axis=(0, 1), out_axis=2), 'heads', 'head_dim', 'embed')
+    kernel = self.param('out', init, (self.num_heads, self.head_dim, width)).astype(self.dtype)
+    return jnp.einsum('blhd,hdm->blm', mixed, kernel)
+
+  def stored(self, name: str, make: Callable[[], Array], *names: str | None) -> nn.Variable:
+    """A cache entry, made on the first call; it knows its axes, so that beam search can reorder its batch."""
+    return self.variable('cache', name, lambda: nn.LogicallyPartitioned(make(), names))
+
+
+class SelfAttention(_Attention):
+  """Attention within a sequence (Vaswani et al. 2017).
+
+  Attributes:
+    rotary_base: rotary positions with this base; None for none.
+    relative_table: makes this layer's own relative position table; a table in the context is used where this is None.
+  """
+
+  rotary_base: float | None = None
+  relative_table: Callable[..., nn.Module] | None = None
+
+  @nn.compact
+  def __call__(self, x: Array, context: Context) -> tuple[Array, Aux]:
+    kv_heads = self.num_kv_heads or self.num_heads
+    query = self.project('query', x, self.num_heads)
+    key, value = self.project('key', x, kv_heads), self.project('value', x, kv_heads)
+    if self.rotary_base:
+      query = rotate(query, context.positions, self.rotary_base)
+      key = rotate(key, context.positions, self.rotary_base)
+    key_segments, start = context.segment_ids, jnp.int32(0)
+    if context.cache_length:
+      key, value, key_segments, start = self._extend_cache(key, value, context)
+
+    query_index, key_index = start + jnp.arange(x.shape[1]), jnp.arange(key.shape[1])
+    mask = segment_mask(context.segment_ids, key_segments)
+    if context.causal:
+      mask &= (key_index[None, :] <= query_index[:, None])[None, None]
+    table = self.relative_table(name='relative')() if self.relative_table else context.relative_table
+    bias = None if table is None else relative_bias(table, query_index, key_index, bidirectional=not context.causal)
+    return self.attend(query, key, value, mask, bias, x.shape[-1]), Aux()
+
+  def _extend_cache(self, key: Array, value: Array, context: Context) -> tuple[Array, Array, Array, Array]:
+    """Writes new keys and values behind the old; the first call makes the cache. Returns it whole, and where it began."""
+    batch, _, heads, width = key.shape
+    slots = context.cache_length
+    shape = (batch, slots, heads, width)
+    keys = self.stored('key', lambda: jnp.zeros(shape, key.dtype), 'batch', None, 'heads', None)
+    values = self.stored('value', lambda: jnp.zeros(shape, value.dtype), 'batch', None, 'heads', None)
+    segments = self.stored('segment_ids', lambda: jnp.zeros((batch, slots), jnp.int32), 'batch', None)
+    filled = self.stored('filled', lambda: jnp.int32(0))
+    start = filled.value
+    keys.value = jax.lax.dynamic_update_slice_in_dim(keys.value, key, start, axis=1)
+    values.value = jax.lax.dynamic_update_slice_in_dim(values.value, value, start, axis=1)
+    segments.value = jax.lax.dynamic_update_slice_in_dim(segments.value, context.segment_ids, start, axis=1)
+    filled.value = start + key.shape[1]
+    return keys.value, values.value, segments.value, start
+
+
+class CrossAttention(_Attention):
+  """Attention of a decoder over its encoder's output, which is projected once and kept while decoding."""
+
+  @nn.compact
+  def __call__(self, x: Array, context: Context) -> tuple[Array, Aux]:
+    kv_heads = self.num_kv_heads or self.num_heads
+    query = self.project('query', x, self.num_heads)
+
+    def encoded(name: str) -> Array:
+      return self.project(name, context.encoded, kv_heads)
+
+    if context.cache_length:
+      key = self.stored('encoded_key', lambda: encoded('key'), 'batch', None, 'heads', None).value
+      value = self.stored('encoded_value', lambda: encoded('value'), 'batch', None, 'heads', None).value
+    else:
+      key, value = encoded('key'), encoded('value')
+    # A packed decoder segment looks at the encoder segment of the same number.
+    mask = segment_mask(context.segment_ids, context.encoded_segment_ids)
+    return self.attend(query, key, value, mask, None, x.shape[-1]), Aux()

@@ -1,0 +1,56 @@
+"""Explicit expert parallelism: `shard_map`, with one all-to-all over the expert axis out and one home.
+
+Each device fills buffers for all experts from its own groups, sends each expert's buffers to the device that holds the
+expert, and weighs the answers when they are back. The sharding cannot get lost, since it is written down.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.moe.experts import ExpertBank, Weights
+from moe_jax.moe.routing_plan import RoutingPlan
+from moe_jax.sharding import spec
+from moe_jax.types import Array
+
+
+def all_to_all(experts: ExpertBank, tokens: Array, plan: RoutingPlan) -> Array:
+  """See `Dispatcher`."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return _journey(experts.weights, tokens, plan, experts, expert_axis=None, hidden_axis=None)
+  (expert_axis,), (hidden_axis,) = spec('expert'), spec('expert_mlp')
+
+  def local(weights: Weights, tokens: Array, plan: RoutingPlan) -> Array:
+    return _journey(weights, tokens, plan, experts, expert_axis, hidden_axis)
+
+  # Weights that are split along 'embed' (FSDP) are gathered on the way in, and their gradients scattered on the way out.
+  weight_specs = {
+    name: spec(*(None if axis == 'embed' else axis for axis in names)) for name, names in experts.axes.items()
+  }
+  by_group = spec('batch', None, None)
+  return jax.shard_map(
+    local,
+    mesh=mesh,
+    in_specs=(weight_specs, by_group, jax.tree.map(lambda _: by_group, plan)),
+    out_specs=by_group,
+  )(experts.weights, tokens, plan)
+
+
+def _journey(
+  weights: Weights,
+  tokens: Array,
+  plan: RoutingPlan,
+  experts: ExpertBank,
+  expert_axis: str | None,
+  hidden_axis: str | None,
+) -> Array:
+  """The journey of one device's groups; arrays are local shards, float[g, S, M]."""
+  slots = jnp.einsum('gsec,gsm->gecm', plan.dispatch_array(tokens.dtype), tokens)
+  if expert_axis:  # [g, E, C, M] -> [g * n, E / n, C, M]
+    slots = jax.lax.all_to_all(slots, expert_axis, split_axis=1, concat_axis=0, tiled=True)
+  slots = experts.apply(weights, slots)
+  if expert_axis:
+    slots = jax.lax.all_to_all(slots, expert_axis, split_axis=0, concat_axis=1, tiled=True)
+  outputs = jnp.einsum('gsec,gecm->gsm', plan.combine_array(tokens.dtype), slots)
+  # Each shard of the hidden axis holds a partial sum. It is completed after combining, where it is smallest.
+  return jax.lax.psum(outputs, hidden_axis) if hidden_axis else outputs

@@ -1,0 +1,97 @@
+"""The mixture-of-experts layer: group, route, dispatch, ungroup.
+
+Letters, here and in all of `moe/`: B batch, L length, M model width, G groups, S tokens a group, E experts, C capacity,
+K choices a token, F hidden width of an expert.
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+
+from moe_jax import sharding
+from moe_jax.layers.context import Context
+from moe_jax.moe.dispatchers.base import Dispatcher
+from moe_jax.moe.dispatchers.einsum import einsum
+from moe_jax.moe.experts import Experts
+from moe_jax.moe.routers.base import Router, RoutingContext
+from moe_jax.moe.routers.top_k import TopKRouter
+from moe_jax.types import Array, Aux, ConfigError
+
+
+def rows_per_group(batch: int, length: int, group_size: int, decoding: bool) -> int | None:
+  """How many sequences a routing group spans; None where a group is a part of one sequence.
+
+  Groups never cross devices, and never depend on the mesh: a wish that cannot be met is an error.
+
+  Args:
+    batch: B.
+    length: L.
+    group_size: the wished S.
+    decoding: nothing is dropped then and groups make no difference, so each device takes what it has as one group.
+
+  Raises:
+    ConfigError: naming sizes that would fit.
+  """
+  per_device, remainder = divmod(batch, sharding.shards('batch'))
+  if remainder:
+    raise ConfigError(
+      f'BATCH_SIZE={batch} (after splitting into microbatches) does not divide over {sharding.shards("batch")} data-parallel'
+      f' devices: use a multiple of {sharding.shards("batch")}.'
+    )
+  if decoding:
+    return per_device
+  if group_size < length:
+    if length % group_size:
+      fits = [size for size in range(1, length + 1) if length % size == 0]
+      below, above = max(s for s in fits if s < group_size), min(s for s in fits if s > group_size)
+      raise ConfigError(f'GROUP_SIZE={group_size} does not divide sequences of {length}: {below} and {above} would.')
+    return None
+  rows = group_size // length
+  if per_device % rows or group_size % length:
+    fits = [r * length for r in range(1, per_device + 1) if per_device % r == 0]
+    nearest = min(fits, key=lambda size: abs(size - group_size))
+    raise ConfigError(
+      f'GROUP_SIZE={group_size} does not tile the {per_device} sequences of {length} tokens that each device has:'
+      f' GROUP_SIZE={nearest} does (groups never cross devices).'
+    )
+  return rows
+
+
+class MoELayer(nn.Module):
+  """A sparse feed-forward sublayer: float[B, L, M] -> float[B, L, M].
+
+  Attributes:
+    num_experts: E.
+    group_size: S, tokens that are routed together and compete for capacity. A divisor of the sequence length, or a
+      multiple of it that fits one device. Larger groups drop fewer tokens; one-hot dispatch costs grow with them.
+    router: makes the router, given the number of experts.
+    experts: makes the experts, given their number and width.
+    dispatcher: carries the tokens.
+  """
+
+  num_experts: int
+  group_size: int
+  router: Callable[..., Router] = TopKRouter
+  experts: Callable[..., Experts] = Experts
+  dispatcher: Dispatcher = einsum
+
+  @nn.compact
+  def __call__(self, x: Array, context: Context) -> tuple[Array, Aux]:
+    batch, length, width = x.shape
+    rows = rows_per_group(batch, length, self.group_size, decoding=context.cache_length > 0)
+    size = self.group_size if rows is None else rows * length
+
+    def group(values: Array) -> Array:  # [B, L, ...] -> [G, S, ...]
+      return sharding.constrain(values.reshape(-1, size, *values.shape[2:]), 'batch', *(None,) * (values.ndim - 1))
+
+    routing_context = RoutingContext(
+      valid=group(context.segment_ids) > 0,
+      token_count=context.token_count,
+      token_ids=None if context.token_ids is None else group(context.token_ids),
+      train=context.train,
+    )
+    tokens = group(x)
+    plan, aux = self.router(num_experts=self.num_experts, name='router')(tokens, routing_context)
+    bank = self.experts(num_experts=self.num_experts, features=width, name='experts')()
+    y = self.dispatcher(bank, tokens, plan)
+    return sharding.constrain(y.reshape(batch, length, width), 'batch', None, None), aux

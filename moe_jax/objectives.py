@@ -1,0 +1,105 @@
+"""What a model is trained for: batch -> loss and metrics."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from moe_jax import sharding
+from moe_jax.types import Array, Batch, Metrics, total_loss
+
+Variables = Mapping[str, Any]
+STATE = 'state'  # the collection of what a model remembers that no gradient trains
+
+
+class Objective(Protocol):
+  """A model and a loss on it."""
+
+  model: nn.Module
+
+  def counted(self, batch: Batch) -> Batch:
+    """Adds the token counts that losses are divided by. Called on the whole batch, before it is split."""
+
+  def loss(
+    self, variables: Variables, batch: Batch, rngs: Mapping[str, Array] | None, train: bool
+  ) -> tuple[Array, tuple[Metrics, Variables]]:
+    """The loss float32[], metrics, and the model's new state. Losses and metrics of microbatches add up."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModeling:
+  """Cross-entropy of the next token, averaged over real targets, plus the model's auxiliary losses.
+
+  Attributes:
+    model: `DecoderOnly` or `EncoderDecoder`.
+    z_loss: weight of log(Z)^2 of the vocabulary softmax (1e-4 in T5X and GLaM).
+    label_smoothing: share of the target spread over the vocabulary.
+    token_bytes: how many bytes of text each token id stands for, to report bits per byte; () if unknown.
+  """
+
+  model: nn.Module
+  z_loss: float = 0.0
+  label_smoothing: float = 0.0
+  token_bytes: Sequence[int] = ()
+
+  def counted(self, batch: Batch) -> Batch:
+    """Adds 'encoder_token_count', 'decoder_token_count' and 'target_count', float32[] each."""
+    counts = {
+      key.removesuffix('segment_ids') + 'token_count': jnp.sum(value > 0).astype(jnp.float32)
+      for key, value in batch.items()
+      if key.endswith('segment_ids')
+    }
+    return {**batch, **counts, 'target_count': jnp.sum(batch['decoder_loss_weights'], dtype=jnp.float32)}
+
+  def loss(
+    self, variables: Variables, batch: Batch, rngs: Mapping[str, Array] | None, train: bool
+  ) -> tuple[Array, tuple[Metrics, Variables]]:
+    """See `Objective`. Outside training the auxiliary losses are left out of the loss."""
+    (logits, aux), state = self.model.apply(variables, batch, train=train, rngs=rngs, mutable=[STATE])
+    targets, weights = batch['decoder_target_tokens'], batch['decoder_loss_weights'].astype(jnp.float32)
+    count = jnp.maximum(batch['target_count'], 1)
+    cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    loss = jnp.sum(cross_entropy * weights) / count
+    metrics = {
+      'cross_entropy': loss,
+      'accuracy': jnp.sum((jnp.argmax(logits, -1) == targets) * weights) / count,
+      'target_tokens': jnp.sum(weights),
+    }
+    if self.token_bytes:
+      lengths = jnp.zeros(logits.shape[-1]).at[: len(self.token_bytes)].set(jnp.asarray(self.token_bytes, jnp.float32))
+      metrics['target_bytes'] = jnp.sum(lengths[targets] * weights)
+    if train:
+      smoothing, z_weight = self.label_smoothing, self.z_loss
+      if smoothing:
+        spread = -jnp.mean(jax.nn.log_softmax(logits), axis=-1)
+        loss = (1 - smoothing) * loss + smoothing * jnp.sum(spread * weights) / count
+      if z_weight:
+        loss += z_weight * jnp.sum(jax.nn.logsumexp(logits, axis=-1) ** 2 * weights) / count
+      auxiliary = total_loss(aux)
+      metrics |= {'aux_loss': auxiliary, **{f'loss/{key}': value for key, value in aux.losses.items()}}
+      loss += auxiliary
+    return loss, ({'loss': loss, **metrics, **aux.metrics}, state)
+
+
+def split_microbatches(batch: Batch, count: int) -> dict[str, Array]:
+  """Gives every array of examples a leading [count] axis; scalars are repeated.
+
+  Each device keeps its own examples and splits them in order, so nothing moves and routing groups stay whole.
+
+  Args:
+    batch: arrays [B, ...], with B a multiple of `count` times the data-parallel devices, and scalars.
+    count: microbatches.
+  """
+  shards = sharding.shards('batch')
+
+  def split(x: Array) -> Array:
+    if x.ndim == 0:
+      return jnp.broadcast_to(x, (count,))
+    x = x.reshape(shards, count, -1, *x.shape[1:]).swapaxes(0, 1)
+    return sharding.constrain(x.reshape(count, -1, *x.shape[3:]), None, 'batch', *(None,) * (x.ndim - 3))
+
+  return {key: split(value) for key, value in batch.items()}

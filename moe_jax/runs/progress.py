@@ -1,0 +1,66 @@
+"""What a person sees while a model trains: a bar in a terminal, plain lines elsewhere."""
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+
+class Progress:
+  """Shows step, loss, speed, balance and the time left. Only the first host shows anything.
+
+  Args:
+    first: step to begin after.
+    total: step to end with.
+    console: where to; None is the terminal.
+  """
+
+  def __init__(self, first: int, total: int, console: Console | None = None):
+    self._console = console or Console(quiet=jax.process_index() > 0)
+    self._first, self._total, self._started = first, total, time.perf_counter()
+    self._bar = None
+    if self._console.is_terminal:
+      columns = (BarColumn(), MofNCompleteColumn(), TextColumn('{task.fields[facts]}'), TimeRemainingColumn())
+      self._bar = Bar(*columns, console=self._console)
+      self._task = self._bar.add_task('', total=total, completed=first, facts='compiling')
+
+  def update(self, step: int, values: Mapping[str, Any]) -> None:
+    """Shows the metrics of a step."""
+    facts = summarize(values)
+    if self._bar:
+      self._bar.update(self._task, completed=step, facts=facts)
+    else:
+      left = (time.perf_counter() - self._started) / (step - self._first) * (self._total - step)
+      self._console.print(f'step {step}/{self._total}  {facts}  {left:.0f}s left', highlight=False)
+
+  def note(self, line: str) -> None:
+    """Prints a line above the bar."""
+    self._console.print(line, highlight=False)
+
+  def __enter__(self) -> Self:
+    if self._bar:
+      self._bar.start()
+    return self
+
+  def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    if self._bar:
+      self._bar.stop()
+
+
+def summarize(values: Mapping[str, Any]) -> str:
+  """One line of facts. The busiest expert's load is in multiples of its fair share, over all layers."""
+  facts = [f'loss {float(values["loss"]):.3f}']
+  if 'bits_per_byte' in values:
+    facts.append(f'{values["bits_per_byte"]:.3f} bits/byte')
+  facts.append(f'{values["tokens_per_second"]:,.0f} tokens/s')
+  loads = [np.asarray(value) for key, value in values.items() if key.endswith('/expert_load')]
+  if loads:
+    busiest = max(float((load * load.shape[-1]).max()) for load in loads)
+    facts.append(f'busiest expert {busiest:.2f}x')
+  return '  '.join(facts)

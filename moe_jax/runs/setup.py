@@ -1,0 +1,171 @@
+"""What training, evaluation and inference build alike: devices, data, and a model laid out on them."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from moe_jax import sharding
+from moe_jax.objectives import LanguageModeling, Objective
+from moe_jax.training.state import OptimizerFactory, TrainState, init_state
+from moe_jax.types import ConfigError
+
+if TYPE_CHECKING:
+  from moe_jax.data import BatchIterator
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
+  """Which devices, in what mesh.
+
+  Attributes:
+    mesh: axis -> size, see `sharding.mesh_shape`.
+    axis_rules: logical axis -> mesh axis.
+    num_experts: E, which the widest fitting expert axis (-1) depends on; 0 for a dense model.
+    fake_devices: how many devices to pretend on a CPU; None, or any other platform, takes what is there.
+  """
+
+  mesh: Mapping[str, int]
+  axis_rules: sharding.AxisRules
+  num_experts: int = 0
+  fake_devices: int | None = None
+
+  def make_mesh(self) -> Mesh:
+    """Starts JAX's backend, if this process has not, and lays out its devices.
+
+    Raises:
+      ConfigError: if the mesh does not fit them.
+    """
+    if self.fake_devices:
+      try:
+        jax.config.update('jax_num_cpu_devices', self.fake_devices)  # no matter where there is a GPU or a TPU
+      except RuntimeError:  # the backend runs already: take it as it is
+        pass
+    devices = jax.devices()
+    return sharding.make_mesh(sharding.mesh_shape(self.mesh, len(devices), self.num_experts), devices)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """A seqio task as batches for one kind of model; see `moe_jax.data.batches`.
+
+  Attributes:
+    task: name of a registered task or mixture.
+    modules: imported to register it.
+    lengths: feature -> tokens.
+    batch_size: rows of a global batch.
+    converter: 'decoder_only' or 'encoder_decoder'.
+    vocab_size: of the model.
+    seed: of shuffling.
+  """
+
+  task: str
+  modules: Sequence[str]
+  lengths: Mapping[str, int]
+  batch_size: int
+  converter: str
+  vocab_size: int
+  seed: int = 0
+
+  def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a batch; reads nothing."""
+    from moe_jax import data
+
+    return data.batch_spec(self.lengths, self.batch_size, self.converter)
+
+  def batches(self, mesh: Mesh, split: str, **options: Any) -> 'BatchIterator':
+    """Batches on the mesh. Call inside `sharding.activate`."""
+    from moe_jax import data  # imports TensorFlow
+
+    return data.batches(
+      self.task,
+      self.lengths,
+      self.batch_size,
+      split,
+      converter=self.converter,
+      sharding=sharding.named_sharding(mesh, 'batch', None),
+      modules=self.modules,
+      vocab_size=self.vocab_size,
+      **{'seed': self.seed, **options},
+    )
+
+  def vocabulary(self) -> Any:
+    """The seqio vocabulary of the targets."""
+    from moe_jax import data
+
+    return data.vocabulary(self.task, self.modules)
+
+  def tell_bytes(self, objective: LanguageModeling) -> LanguageModeling:
+    """The objective, told how many bytes of text each token stands for."""
+    from moe_jax import data
+
+    return dataclasses.replace(objective, token_bytes=data.token_bytes(self.vocabulary()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """A model on its mesh, ready to run.
+
+  Attributes:
+    objective: model and loss.
+    mesh, rules: where everything lives.
+    batch_spec: shapes of a batch.
+    state_spec: shapes and shardings of the training state.
+    make_state: makes the first state in place.
+    transform: the optimizer.
+  """
+
+  objective: Objective
+  mesh: Mesh
+  rules: sharding.AxisRules
+  batch_spec: Mapping[str, jax.ShapeDtypeStruct]
+  state_spec: TrainState
+  make_state: Callable[[], TrainState]
+  transform: optax.GradientTransformation
+
+  def activate(self) -> AbstractContextManager[None]:
+    """Enters the mesh and its rules."""
+    return sharding.activate(self.mesh, self.rules)
+
+
+def build(
+  objective: Objective, optimizer: OptimizerFactory, data: Data, devices: Devices, seed: int = 0, microbatches: int = 1
+) -> Program:
+  """Builds everything but the data, from shapes alone.
+
+  Raises:
+    ConfigError: if batch, experts or weights do not divide over the mesh.
+  """
+  mesh = devices.make_mesh()
+  with sharding.activate(mesh, devices.axis_rules):
+    ways = sharding.shards('batch') * microbatches
+    if data.batch_size % ways:
+      raise ConfigError(
+        f'BATCH_SIZE={data.batch_size} does not divide over {sharding.shards("batch")} data-parallel devices'
+        f' (mesh axes data x expert) in {microbatches} microbatches: use a multiple of {ways}.'
+      )
+    spec = data.spec()
+    make_state, state_spec, transform = init_state(objective, optimizer, spec, mesh, seed)
+  return Program(objective, mesh, devices.axis_rules, spec, state_spec, make_state, transform)
+
+
+def open_model_dir(path: str) -> Path:
+  """Makes the run's folder.
+
+  Raises:
+    ConfigError: if it cannot be written to.
+  """
+  folder = Path(path).expanduser()
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / '.writable'
+    probe.write_text('')
+    probe.unlink()
+  except OSError as error:
+    raise ConfigError(f'MODEL_DIR {path!r} cannot be written to ({error.strerror}): choose another folder.') from error
+  return folder

@@ -1,0 +1,206 @@
+"""The training loop: restore or begin, train, evaluate, save, and tell how it went."""
+
+import functools
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from moe_jax.analysis import compression
+from moe_jax.analysis.parameters import bytes_per_device, count_parameters
+from moe_jax.objectives import LanguageModeling
+from moe_jax.runs.progress import Progress
+from moe_jax.runs.report import report
+from moe_jax.runs.setup import Data, Devices, Program, build, open_model_dir
+from moe_jax.training.checkpoints import Checkpointer
+from moe_jax.training.metrics import MetricsLog, averaged, with_bits_per_byte
+from moe_jax.training.state import OptimizerFactory, TrainState
+from moe_jax.training.step import eval_step, train_step
+from moe_jax.types import Batch, ConfigError
+
+if TYPE_CHECKING:
+  from moe_jax.runs.sampling import Sampler
+
+
+def train(
+  model_dir: str,
+  objective: LanguageModeling,
+  optimizer: OptimizerFactory,
+  data: Data,
+  devices: Devices,
+  train_steps: int,
+  eval_steps: int,
+  eval_period: int,
+  checkpoint_period: int,
+  log_period: int = 10,
+  checkpoints_to_keep: int = 2,
+  microbatches: int = 1,
+  seed: int = 0,
+  sampler: 'Sampler | None' = None,
+  sample_bytes: int = 0,
+  dry_run: bool = False,
+  config: str = '',
+) -> dict[str, Any]:
+  """Trains a model, or goes on with one that was interrupted in `model_dir`.
+
+  Args:
+    model_dir: where the run lives; holds config.gin, metrics.jsonl, TensorBoard files, checkpoints/ and report.html.
+    objective: model and loss.
+    optimizer: makes the optimizer.
+    data: what to train on.
+    devices: where to train.
+    train_steps: steps in all, counted from the first start.
+    eval_steps: validation batches at each evaluation.
+    eval_period, checkpoint_period, log_period: in steps.
+    checkpoints_to_keep: the newest so many.
+    microbatches: pieces of each batch, to save memory.
+    seed: of weights, dropout and jitter; `data` has its own.
+    sampler: continues a validation text at the end; None does not.
+    sample_bytes: how much of that text the sampler is given.
+    dry_run: builds everything, says how large it is, and stops.
+    config: the operative configuration, kept beside the results.
+
+  Returns:
+    What `summary.json` holds.
+
+  Raises:
+    ConfigError: if the pieces do not fit together, or the loss is no longer a number.
+  """
+  program = build(objective, optimizer, data, devices, seed, microbatches)
+  summary = describe(program)
+  say(f'{summary["parameters"]:,} parameters, {summary["active_parameters"]:,} active per token')
+  say(f'{summary["devices"]} {summary["platform"]} devices, mesh {summary["mesh"]}')
+  say('bytes per device: ' + ', '.join(f'{name} {size:,}' for name, size in summary['bytes_per_device'].items()))
+  if dry_run:
+    return summary
+
+  folder = open_model_dir(model_dir)
+  (folder / 'config.gin').write_text(config)
+  objective = data.tell_bytes(objective)
+
+  with program.activate():
+    # ---- Begin, or go on --------------------------------------------------------------------------------------------
+    batches = data.batches(program.mesh, 'train')
+    checkpointer = Checkpointer(folder, keep=checkpoints_to_keep)
+    if checkpointer.latest_step() is None:
+      state = program.make_state()
+    else:
+      state = checkpointer.restore(program.state_spec, batches)
+      say(f'Going on from step {int(state.step)} in {checkpointer.directory}')
+    first = int(state.step)
+
+    # ---- Compile ----------------------------------------------------------------------------------------------------
+    update = jax.jit(
+      functools.partial(train_step, objective=objective, transform=program.transform, microbatches=microbatches, seed=seed),
+      donate_argnums=0,
+      out_shardings=(jax.tree.map(lambda x: x.sharding, program.state_spec), None),
+    )
+    evaluate = jax.jit(functools.partial(eval_step, objective=objective))
+
+    def validate(state: TrainState) -> dict[str, Any]:
+      held_out = data.batches(program.mesh, 'validation', shuffle=False, num_epochs=1)
+      return with_bits_per_byte(averaged(evaluate(state, batch) for batch in take(held_out, eval_steps)))
+
+    # ---- Train ------------------------------------------------------------------------------------------------------
+    with MetricsLog(folder, resume_step=first) as log, Progress(first, train_steps) as progress:
+      started = logged = time.perf_counter()
+      waiting: list[tuple[int, Any]] = []
+      for step in range(first + 1, train_steps + 1):
+        state, metrics = update(state, next(batches))
+        waiting.append((step, metrics))
+        last = step == train_steps
+        if step % log_period == 0 or step % checkpoint_period == 0 or step % eval_period == 0 or last:
+          waiting = [(number, jax.device_get(values)) for number, values in waiting]
+          for number, values in waiting:
+            check_finite(number, values, checkpointer)
+          now = time.perf_counter()
+          seconds, tokens = (now - logged) / len(waiting), sum(values['target_tokens'] for _, values in waiting)
+          values = {**waiting[-1][1], 'step_seconds': seconds, 'tokens_per_second': tokens / (now - logged)}
+          values = with_bits_per_byte(values)
+          log.write(step, 'train', values)
+          progress.update(step, values)
+          waiting, logged = [], now
+        if step % eval_period == 0 or last:
+          values = validate(state)
+          log.write(step, 'validation', values)
+          progress.note(f'step {step}: validation {describe_loss(values)}')
+          summary['validation_bits_per_byte'] = values.get('bits_per_byte')
+          logged = time.perf_counter()
+        if step % checkpoint_period == 0 or last:
+          checkpointer.save(state, batches)
+          logged = time.perf_counter()
+    checkpointer.close()
+    summary['train_seconds'] = time.perf_counter() - started
+
+    # ---- Tell -------------------------------------------------------------------------------------------------------
+    summary |= baselines(program, data, eval_steps)
+    if sampler:
+      summary['sample'] = sampler.continue_text(state, program, data, sample_bytes)
+  (folder / 'summary.json').write_text(json.dumps(summary, indent=2))
+  summary['report'] = str(report([str(folder)]))
+  return summary
+
+
+def take(batches: Iterator[Batch], count: int) -> Iterator[Batch]:
+  """The first `count` batches."""
+  return (batch for _, batch in zip(range(count), batches, strict=False))
+
+
+def say(line: str) -> None:
+  """Prints on the first host only."""
+  if jax.process_index() == 0:
+    print(line, flush=True)
+
+
+def describe(program: Program) -> dict[str, Any]:
+  """Sizes of a program, from shapes alone."""
+  with program.activate():
+    count = count_parameters(program.objective.model, program.batch_spec)
+  spec = program.state_spec
+  sizes = {'parameters': spec.params, 'optimizer': spec.opt_state, 'gradients': spec.params}
+  return {
+    'parameters': count.total,
+    'active_parameters': count.active,
+    'devices': program.mesh.size,
+    'platform': program.mesh.devices.flat[0].platform,
+    'mesh': dict(program.mesh.shape),
+    'bytes_per_device': {name: bytes_per_device(tree) for name, tree in sizes.items()},
+  }
+
+
+def describe_loss(values: dict[str, Any]) -> str:
+  """The cross-entropy in the unit that readers care for."""
+  if 'bits_per_byte' in values:
+    return f'{values["bits_per_byte"]:.3f} bits per byte'
+  return f'cross-entropy {float(values["cross_entropy"]):.3f} nats per token'
+
+
+def check_finite(step: int, values: Any, checkpointer: Checkpointer) -> None:
+  """Stops a run whose loss or gradient is no longer a number, before that is saved."""
+  for name in ('loss', 'gradient_norm'):
+    if not np.isfinite(values[name]):
+      checkpointer.close()
+      saved = checkpointer.latest_step()
+      safe = f'the checkpoint of step {saved} is whole' if saved is not None else 'nothing was saved yet'
+      raise ConfigError(f'The {name.replace("_", " ")} is {values[name]} at step {step}: stopped; {safe}. Lower the learning rate.')
+
+
+def baselines(program: Program, data: Data, eval_steps: int) -> dict[str, float]:
+  """What a byte-unigram model and `zlib -9` need for the bytes that validation measured."""
+  vocabulary = data.vocabulary()
+
+  def text(split: str, **options: Any) -> bytes:
+    from moe_jax.data import bytes_of
+
+    targets = (batch['decoder_target_tokens'] for batch in take(data.batches(program.mesh, split, **options), eval_steps))
+    return b''.join(bytes_of(np.asarray(rows), vocabulary) for rows in targets)
+
+  held_out = text('validation', shuffle=False, num_epochs=1)
+  return {
+    'unigram_bits_per_byte': compression.unigram_bits_per_byte(text('train'), held_out),
+    'zlib_bits_per_byte': compression.zlib_bits_per_byte(held_out),
+  }

@@ -1,0 +1,142 @@
+"""Checkpoints: Orbax, asynchronous, with the data iterator's position inside."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+
+from moe_jax.training.state import TrainState
+from moe_jax.types import Batch, ConfigError
+
+PyTree = Any
+
+
+class SavableIterator(Iterator[Batch], Protocol):
+  """An iterator whose exact position can be saved under a file name and found again."""
+
+  def save(self, path: str) -> None: ...
+  def restore(self, path: str) -> None: ...
+
+
+class _IteratorHandler(ocp.CheckpointHandler):
+  """Saves each host's data iterator beside the state. Done before training goes on, since the next batch moves it."""
+
+  def _path(self, directory: Any) -> str:
+    return str(directory / f'host_{jax.process_index()}_of_{jax.process_count()}')
+
+  def save(self, directory: Any, args: '_SaveIterator') -> None:
+    args.iterator.save(self._path(directory))
+
+  def restore(self, directory: Any, args: '_RestoreIterator') -> SavableIterator:
+    args.iterator.restore(self._path(directory))
+    return args.iterator
+
+
+@ocp.args.register_with_handler(_IteratorHandler, for_save=True)
+@dataclasses.dataclass
+class _SaveIterator(ocp.args.CheckpointArgs):
+  iterator: SavableIterator
+
+
+@ocp.args.register_with_handler(_IteratorHandler, for_restore=True)
+@dataclasses.dataclass
+class _RestoreIterator(ocp.args.CheckpointArgs):
+  iterator: SavableIterator
+
+
+class Checkpointer:
+  """Saves and finds the states of one run, under `MODEL_DIR/checkpoints`.
+
+  Args:
+    model_dir: the run's folder.
+    keep: how many of the newest to keep.
+    read_only: writes and cleans nothing, for evaluation beside a running training.
+  """
+
+  def __init__(self, model_dir: Path, keep: int = 2, read_only: bool = False):
+    directory = Path(model_dir).absolute() / 'checkpoints'
+    if read_only and not directory.exists():
+      raise ConfigError(f'No checkpoints in {directory}: train there first, or set MODEL_DIR.')
+    self._manager = ocp.CheckpointManager(
+      directory,
+      item_handlers={'state': ocp.PyTreeCheckpointHandler(), 'data': _IteratorHandler()},
+      options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=not read_only, read_only=read_only),
+    )
+    self.directory = directory
+
+  def latest_step(self) -> int | None:
+    """The newest complete checkpoint's step; a half-written one does not count."""
+    return self._manager.latest_step()
+
+  def all_steps(self) -> list[int]:
+    """Steps of all complete checkpoints, oldest first."""
+    return sorted(self._manager.all_steps())
+
+  def save(self, state: TrainState, iterator: SavableIterator) -> None:
+    """Starts saving; the files are written while training goes on, and appear under their name only when whole."""
+    step = int(state.step)
+    if step not in self._manager.all_steps():
+      items = ocp.args.Composite(state=ocp.args.PyTreeSave(_as_dict(state)), data=_SaveIterator(iterator))
+      self._manager.save(step, args=items, force=True)
+
+  def restore(self, state_spec: TrainState, iterator: SavableIterator | None = None, step: int | None = None) -> TrainState:
+    """Reads a state straight onto the devices its spec names, and moves the data iterator to where it stood.
+
+    Args:
+      state_spec: shapes, types and shardings; where `opt_state` is None, it is not read.
+      iterator: restored in place; None leaves data alone.
+      step: which; None is the newest.
+
+    Raises:
+      ConfigError: if the checkpoint holds other parameters or shapes, or cannot be read.
+    """
+    step = self.latest_step() if step is None else step
+    wanted = {key: value for key, value in _as_dict(state_spec).items() if value is not None}
+    self._check_shapes(wanted, step)
+    items = {
+      'state': ocp.args.PyTreeRestore(
+        wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
+      )
+    }
+    if iterator is not None:
+      items['data'] = _RestoreIterator(iterator)
+    try:
+      restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+    except Exception as error:
+      raise ConfigError(
+        f'The checkpoint {self.directory}/{step} cannot be read ({str(error).splitlines()[0]}):'
+        ' remove that folder to go on from the one before.'
+      ) from error
+    logging.info('Restored step %d from %s', step, self.directory)
+    return state_spec.replace(**restored['state'])
+
+  def _check_shapes(self, wanted: PyTree, step: int | None) -> None:
+    metadata = self._manager.item_metadata(step)['state']
+    saved = _shapes(getattr(metadata, 'tree', metadata))
+    for path, shape in _shapes(wanted).items():
+      if saved.get(path) != shape:
+        found = f'has shape {saved[path]}' if path in saved else 'is missing'
+        raise ConfigError(
+          f'The checkpoint {self.directory}/{step} is of another model: {path} {found} there and {shape} here.'
+          ' Use its configuration (config.gin beside it), or another MODEL_DIR.'
+        )
+
+  def close(self) -> None:
+    """Waits until what was being saved is whole."""
+    self._manager.wait_until_finished()
+    self._manager.close()
+
+
+def _as_dict(state: TrainState) -> dict[str, PyTree]:
+  return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+
+
+def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
+  leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, 'shape'))
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='/'): tuple(leaf.shape) for path, leaf in leaves if hasattr(leaf, 'shape')
+  }

@@ -1,0 +1,89 @@
+"""Where metrics go: a line of JSON, and TensorBoard files."""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+import numpy as np
+
+from moe_jax.types import Metrics
+
+Values = dict[str, np.ndarray]
+
+
+def averaged(batches: Iterable[Metrics]) -> Values:
+  """The mean of batches' metrics, each batch weighing as many target tokens as it has; counts are summed."""
+  fetched = [jax.device_get(dict(metrics)) for metrics in batches]
+  tokens = np.array([metrics['target_tokens'] for metrics in fetched], np.float64)
+  weights = tokens / max(tokens.sum(), 1)
+  mean = {key: sum(w * m[key] for w, m in zip(weights, fetched, strict=True)) for key in fetched[0]}
+  counts = {key: np.sum([m[key] for m in fetched]) for key in ('target_tokens', 'target_bytes') if key in fetched[0]}
+  return mean | counts
+
+
+def with_bits_per_byte(values: Mapping[str, Any]) -> dict[str, Any]:
+  """Adds the cross-entropy in bits per byte of target text, where the vocabulary tells bytes: comparable across tokenizers."""
+  if not values.get('target_bytes'):
+    return dict(values)
+  nats = float(values['cross_entropy']) * float(values['target_tokens'])
+  return {**values, 'bits_per_byte': nats / math.log(2) / float(values['target_bytes'])}
+
+
+class MetricsLog:
+  """Writes `metrics.jsonl`, one object per logged step, and TensorBoard summaries. Only the first host writes.
+
+  Args:
+    model_dir: the run's folder.
+    resume_step: lines of later steps, left by a run that died, are dropped.
+  """
+
+  def __init__(self, model_dir: Path, resume_step: int = 0):
+    from clu import metric_writers  # imports TensorFlow
+
+    self._writer = metric_writers.create_default_writer(str(model_dir), just_logging=jax.process_index() > 0)
+    self._file = None
+    if jax.process_index() == 0:
+      path = model_dir / 'metrics.jsonl'
+      _keep_until(path, resume_step)
+      self._file = path.open('a')
+
+  def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
+    """Logs one step. Arrays, such as the load of each expert, go whole to the JSON line and by their mean to TensorBoard."""
+    arrays = {key: np.asarray(value, np.float64) for key, value in values.items()}
+    self._writer.write_scalars(step, {f'{split}/{key}': float(value.mean()) for key, value in arrays.items()})
+    if self._file:
+      line = {'step': step, 'split': split, **{key: _rounded(value) for key, value in arrays.items()}}
+      self._file.write(json.dumps(line) + '\n')
+      self._file.flush()
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    self._writer.close()
+    if self._file:
+      self._file.close()
+
+
+def _rounded(value: np.ndarray) -> Any:
+  return np.vectorize(lambda x: float(f'{x:.9g}'), otypes=[float])(value).tolist()  # all a float32 holds
+
+
+def _keep_until(path: Path, step: int) -> None:
+  if not path.exists():
+    return
+  kept = []
+  for line in path.read_text().splitlines():
+    try:
+      if json.loads(line)['step'] <= step:
+        kept.append(line + '\n')
+    except (json.JSONDecodeError, KeyError):
+      continue  # torn by a kill
+  temporary = path.with_suffix('.tmp')
+  temporary.write_text(''.join(kept))
+  os.replace(temporary, path)

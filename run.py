@@ -1,0 +1,116 @@
+"""The one door: python run.py --run_mode=train --gin_file=gin/experiments/quickstart.gin --gin.TRAIN_STEPS=300
+
+Gin lives here and nowhere else. Files compose in the order given, `--gin.NAME=VALUE` comes last, and later wins.
+"""
+
+import argparse
+import difflib
+import importlib
+import inspect
+import os
+import re
+import sys
+
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+
+import gin  # noqa: E402
+
+from moe_jax.types import ConfigError  # noqa: E402
+
+MODES = {  # mode -> module:function
+  'train': 'moe_jax.runs.train:train',
+  'eval': 'moe_jax.runs.evaluate:evaluate',
+  'infer': 'moe_jax.runs.infer:infer',
+  'report': 'moe_jax.runs.report:report',
+}
+
+
+def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+  """Splits the command line into flags and gin bindings."""
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--run_mode', choices=MODES, default='train')
+  parser.add_argument('--gin_file', action='append', default=[], help='may be given several times; later wins')
+  parser.add_argument('--gin_search_paths', default='.', help='comma-separated folders that gin files are found in')
+  parser.add_argument('--dry_run', action='store_true', help='build everything, say how large it is, and stop')
+  parser.add_argument('--prompt', action='append', help='infer: a text to continue, instead of the task')
+  parser.add_argument('--model_dirs', nargs='+', help='report: the runs to compare')
+  parser.add_argument('--output', help='infer, report: where to write')
+  parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
+  flags, rest = parser.parse_known_args(arguments)
+  bindings = []
+  for argument in rest:
+    if not (match := re.fullmatch(r'--gin\.([^=]+)=(.*)', argument, re.DOTALL)):
+      raise ConfigError(f'Unknown argument {argument!r}: bindings look like --gin.NAME=VALUE; --help lists the flags.')
+    bindings.append(f'{match[1]} = {match[2]}')
+  return flags, bindings
+
+
+def parse_gin(mode: str, files: list[str], bindings: list[str], search_paths: list[str]) -> None:
+  """Reads `gin/runs/<mode>.gin`, then the user's files, then the command line's bindings.
+
+  Raises:
+    ConfigError: on a name that nothing reads, with the nearest one that something does.
+  """
+  here = os.path.dirname(os.path.abspath(__file__))
+  for path in (*search_paths, here):
+    gin.add_config_file_search_path(path)
+  try:
+    gin.parse_config_files_and_bindings([f'gin/runs/{mode}.gin', *files], [], finalize_config=False)
+    known = set(re.findall(r'^(\w+) =', gin.config_str(), re.MULTILINE))
+    for binding in bindings:
+      name = binding.split(' = ')[0]
+      if re.fullmatch(r'\w+', name) and name not in known:
+        raise ConfigError(f'Nothing reads {name}{_nearest(name, known)} The names in use are those of the gin files.')
+    gin.parse_config(bindings)
+    gin.finalize()
+  except OSError as error:
+    raise ConfigError(f'{first_line(error)} Gin files are searched in {search_paths}.') from error
+
+
+def _nearest(name: str, known: set[str]) -> str:
+  near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+  return f': did you mean {near[0]}?' if near else '.'
+
+
+def first_line(error: BaseException) -> str:
+  """The message without gin's account of where it was called from."""
+  return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def main(arguments: list[str]) -> int:
+  """Runs one mode; returns the exit code. Bad input gets one line, unless --debug."""
+  debug = '--debug' in arguments
+  try:
+    flags, bindings = parse_arguments(arguments)
+    run(flags, bindings)
+  except KeyboardInterrupt:
+    print('Interrupted.', file=sys.stderr)
+    return 130
+  except Exception as error:
+    if debug:
+      raise
+    known = isinstance(error, ConfigError)
+    print(first_line(error) if known else f'{type(error).__name__}: {first_line(error)} (--debug shows where)', file=sys.stderr)
+    return 1
+  return 0
+
+
+def run(flags: argparse.Namespace, bindings: list[str]) -> None:
+  """Configures and calls the function of a mode."""
+  module, name = MODES[flags.run_mode].split(':')
+  function = getattr(importlib.import_module(module), name)
+  if flags.run_mode == 'report':
+    if not flags.model_dirs:
+      raise ConfigError('--run_mode=report needs --model_dirs=DIR [DIR ...].')
+    print(function(flags.model_dirs, output=flags.output))
+    return
+  if not flags.gin_file:
+    raise ConfigError('Which model? Give --gin_file=gin/experiments/quickstart.gin, or another of that folder.')
+  parse_gin(flags.run_mode, flags.gin_file, bindings, flags.gin_search_paths.split(','))
+  given = {'dry_run': flags.dry_run or None, 'prompts': flags.prompt, 'output': flags.output, 'config': gin.config_str()}
+  accepted = inspect.signature(function).parameters
+  gin.get_configurable(function)(**{key: value for key, value in given.items() if value is not None and key in accepted})
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,68 @@
+"""Eight CPU devices for every test, one seed a test, and no silent broadcasting."""
+
+import os
+import pathlib
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+
+# Read when jax and TensorFlow are imported, here and in the processes that tests start.
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+os.environ.setdefault('GRPC_VERBOSITY', 'ERROR')
+os.environ.setdefault('NO_GCE_CHECK', 'true')  # TensorFlow Datasets looks for a cloud machine, and waits for it
+os.environ.setdefault('MPLBACKEND', 'agg')
+
+import hypothesis
+import jax
+import pytest
+
+from moe_jax import sharding
+
+jax.config.update('jax_num_cpu_devices', 8)
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+hypothesis.settings.register_profile(
+  'moe_jax',
+  deadline=None,  # the first example compiles
+  derandomize=True,
+  max_examples=20,
+  suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
+)
+hypothesis.settings.load_profile('moe_jax')
+
+_CACHE = pathlib.Path(__file__).parents[1] / '.pytest_cache' / 'jax'
+_CACHE_LIMIT = 2**30  # bytes; jax keeps what it compiled for ever
+
+
+@pytest.fixture(scope='session', autouse=True)
+def _compilation_cache() -> None:
+  """What one run compiled, the next one reads."""
+  if sum(file.stat().st_size for file in _CACHE.glob('*') if file.is_file()) > _CACHE_LIMIT:
+    shutil.rmtree(_CACHE, ignore_errors=True)
+  jax.config.update('jax_compilation_cache_dir', str(_CACHE))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
+
+
+@pytest.fixture
+def getkey(request: pytest.FixtureRequest) -> Callable[[], jax.Array]:
+  """`getkey()` is a fresh random key at each call; a test sees the same ones in every run."""
+
+  def keys() -> Iterator[jax.Array]:
+    key = jax.random.key(zlib.crc32(request.node.nodeid.encode()))
+    while True:
+      key, fresh = jax.random.split(key)
+      yield fresh
+
+  return keys().__next__
+
+
+@pytest.fixture
+def mesh() -> Callable[..., jax.sharding.Mesh]:
+  """`mesh(data=2, expert=4)` is a mesh over the first eight devices."""
+
+  def make(data: int = 1, expert: int = 1, model: int = 1) -> jax.sharding.Mesh:
+    shape = {'data': data, 'expert': expert, 'model': model}
+    return sharding.make_mesh(shape, jax.devices()[: data * expert * model])
+
+  return make
