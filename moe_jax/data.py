@@ -54,6 +54,21 @@ def text_of(tokens: Sequence[int] | Array, vocabulary: seqio.Vocabulary) -> str:
   return vocabulary.decode([int(token) for token in tokens if token])
 
 
+def token_bytes(vocabulary: seqio.Vocabulary) -> tuple[int, ...]:
+  """How many bytes of text each token id stands for; 0 for padding, EOS, sentinels and the like."""
+  if isinstance(vocabulary, seqio.ByteVocabulary):
+    first, extra = vocabulary.vocab_size - 256 - vocabulary.extra_ids, vocabulary.extra_ids
+    return (0,) * first + (1,) * 256 + (0,) * extra
+  return tuple(len(vocabulary.decode([token]).encode()) for token in range(vocabulary.vocab_size))
+
+
+def bytes_of(tokens: np.ndarray, vocabulary: seqio.ByteVocabulary) -> bytes:
+  """The bytes that int[...] tokens of a byte vocabulary stand for, in order; other tokens say nothing."""
+  first = vocabulary.vocab_size - 256 - vocabulary.extra_ids
+  values = tokens[(tokens >= first) & (tokens < first + 256)] - first
+  return values.astype(np.uint8).tobytes()
+
+
 class BatchIterator(Iterator[Batch]):
   """Global batches, and where in the data they are."""
 
@@ -209,22 +224,22 @@ def _examples(
   pack: bool = True,
   **order: int | bool | None,
 ) -> tf.data.Dataset:
-  """The rows of one shard, with the features of `batch_spec`, each [L]. order: shuffle, num_epochs, seed."""
-
-  def complete(row):
-    added = {}
-    for side, tokens in (('decoder', 'decoder_target_tokens'), ('encoder', 'encoder_input_tokens')):
-      if tokens in row and not pack:
-        real = tf.not_equal(row[tokens], 0)
-        added |= {f'{side}_segment_ids': tf.cast(real, tf.int32), f'{side}_positions': tf.range(tf.size(real))}
-    row = row | added | {'decoder_loss_weights': tf.cast(row['decoder_loss_weights'], tf.float32)}
-    row.pop('decoder_causal_attention', None)  # of a prefix; our decoders are causal throughout
-    return row
-
+  """The rows of one shard, with at least the features of `batch_spec`. order: shuffle, num_epochs, seed."""
   rows = seqio.get_dataset(
     task, dict(lengths), _CONVERTERS[converter](pack=pack), split, shard_info=shard, verbose=False, **order
   )
-  return rows.map(complete)
+  return rows if pack else rows.map(_as_one_segment)
+
+
+def _as_one_segment(row: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+  """Adds the segments and positions that seqio leaves out of rows it did not pack."""
+  added = {}
+  # Not by the decoder's inputs: they begin with a 0 that is no padding.
+  for side, tokens in (('decoder', 'decoder_target_tokens'), ('encoder', 'encoder_input_tokens')):
+    if tokens in row:
+      real = tf.not_equal(row[tokens], 0)
+      added |= {f'{side}_segment_ids': tf.cast(real, tf.int32), f'{side}_positions': tf.range(tf.size(real))}
+  return row | added
 
 
 def _shard_info(sharding: NamedSharding) -> seqio.ShardInfo:

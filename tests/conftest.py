@@ -21,6 +21,7 @@ from moe_jax import sharding
 
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+jax.config.update('jax_disable_most_optimizations', True)  # tests compile more than they compute
 
 hypothesis.settings.register_profile(
   'moe_jax',

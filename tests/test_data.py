@@ -191,7 +191,8 @@ def test_wishes_that_cannot_be_met_are_refused_in_one_line(rows, change, message
   assert '\n' not in str(error.value)
 
 
-def test_tokens_become_text():
+def test_tokens_become_text_and_padding_none():
   vocabulary = data.vocabulary('local_text_span_corruption')
   assert vocabulary.vocab_size == 359
   assert data.text_of([*vocabulary.encode('naïve'), 358, 1, 100, 0], vocabulary) == 'naïve'
+  assert data.text_of([5, 0], seqio.PassThroughVocabulary(10)) == [5]  # which does not know of padding itself

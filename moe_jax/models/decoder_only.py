@@ -54,3 +54,11 @@ class DecoderOnly(nn.Module):
     x, aux = run_stacks([stack(name=f'stack_{i}') for i, stack in enumerate(self.stacks)], x, context)
     x = dropout(rms_norm('final_norm', self.dtype)(x))
     return embedding.decode(x), nest(decoder=aux)
+
+  def encode(self, batch: Batch, train: bool = False) -> tuple[None, Aux]:
+    """There is nothing to encode; so that `moe_jax.decode` need not know which model it has."""
+    return None, Aux()
+
+  def decode(self, batch: Batch, encoded: None, train: bool = False, cache_length: int = 0) -> tuple[Array, Aux]:
+    """The model itself, by the name it has in `EncoderDecoder`."""
+    return self(batch, train, cache_length)

@@ -22,14 +22,14 @@ REMAT = {
 class Block(nn.Module):
   """One run of the pattern: x + dropout(sublayer(norm(x))) for each sublayer in turn."""
 
-  pattern: Mapping[str, SublayerFactory]
+  pattern: Sequence[tuple[str, SublayerFactory]]  # pairs: Flax's lifted transforms sort the keys of a mapping
   dropout_rate: float = 0.0
   dtype: Dtype = 'float32'
 
   @nn.compact
   def __call__(self, x: Array, context: Context) -> tuple[Array, Aux]:
     reports = {}
-    for name, sublayer in self.pattern.items():
+    for name, sublayer in self.pattern:
       y = rms_norm(f'{name}_norm', self.dtype)(x)
       y, reports[name] = sublayer(name=name)(y, context)
       y = nn.Dropout(self.dropout_rate, deterministic=not context.train)(y)
@@ -61,7 +61,7 @@ class Stack(nn.Module):
   def __call__(self, x: Array, context: Context) -> tuple[Array, Aux]:
     if self.relative_table:
       context = context.replace(relative_table=self.relative_table(name='relative')())
-    block = Block
+    block, pattern = Block, tuple(self.pattern.items())
     if self.remat != 'none' and not context.cache_length:
       block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=not self.scan)
     if self.scan:
@@ -72,10 +72,10 @@ class Stack(nn.Module):
         variable_axes={'params': 0, 'state': 0, 'cache': 0},
         split_rngs={'params': True, 'dropout': True, 'router': True},
         metadata_params={nn.PARTITION_NAME: 'layers'},
-      )(self.pattern, self.dropout_rate, self.dtype, name='blocks')(x, context)
+      )(pattern, self.dropout_rate, self.dtype, name='blocks')(x, context)
     reports = []
     for i in range(self.repeats):
-      x, aux = block(self.pattern, self.dropout_rate, self.dtype, name=f'blocks_{i}')(x, context)
+      x, aux = block(pattern, self.dropout_rate, self.dtype, name=f'blocks_{i}')(x, context)
       reports.append(aux)
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *reports)
 

@@ -37,11 +37,11 @@ class Progress:
       self._bar.update(self._task, completed=step, facts=facts)
     else:
       left = (time.perf_counter() - self._started) / (step - self._first) * (self._total - step)
-      self._console.print(f'step {step}/{self._total}  {facts}  {left:.0f}s left', highlight=False)
+      self._console.print(f'step {step}/{self._total}  {facts}  {left:.0f}s left', highlight=False, soft_wrap=True)
 
   def note(self, line: str) -> None:
     """Prints a line above the bar."""
-    self._console.print(line, highlight=False)
+    self._console.print(line, highlight=False, soft_wrap=True)
 
   def __enter__(self) -> Self:
     if self._bar:

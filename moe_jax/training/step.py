@@ -1,5 +1,7 @@
 """One training step, and one evaluation step."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -7,6 +9,40 @@ import optax
 from moe_jax.objectives import Objective, split_microbatches
 from moe_jax.training.state import TrainState
 from moe_jax.types import Array, Batch, Metrics
+
+PyTree = Any
+
+
+def gradients(
+  params: PyTree, variables: PyTree, batch: Batch, key: Array, *, objective: Objective, microbatches: int = 1
+) -> tuple[PyTree, PyTree, Metrics]:
+  """Gradients of the whole batch, taken microbatch by microbatch to save memory.
+
+  Args:
+    params: the model's parameters.
+    variables: its other collections, such as routers' memories.
+    batch: global arrays [B, ...].
+    key: of dropout and jitter; every microbatch draws its own.
+    objective: model and loss.
+    microbatches: pieces; losses, metrics and gradients are those of the whole.
+
+  Returns:
+    Gradients like `params`, the variables after, and metrics, float32 each.
+  """
+
+  def loss(params: PyTree, variables: PyTree, piece: Batch, key: Array) -> tuple[Array, tuple[Metrics, PyTree]]:
+    rngs = dict(zip(('dropout', 'router'), jax.random.split(key), strict=True))
+    return objective.loss({'params': params, **variables}, piece, rngs, train=True)
+
+  def accumulate(carry: tuple[PyTree, PyTree], piece: tuple[Batch, Array]) -> tuple[tuple[PyTree, PyTree], Metrics]:
+    sums, variables = carry
+    (_, (metrics, variables)), grads = jax.value_and_grad(loss, has_aux=True)(params, variables, *piece)
+    return (jax.tree.map(jnp.add, sums, grads), variables), metrics
+
+  pieces = split_microbatches(objective.counted(batch), microbatches)
+  start = (jax.tree.map(jnp.zeros_like, params), variables)
+  (grads, variables), metrics = jax.lax.scan(accumulate, start, (pieces, jax.random.split(key, microbatches)))
+  return grads, variables, {name: jnp.sum(value, axis=0) for name, value in metrics.items()}
 
 
 def train_step(
@@ -18,40 +54,14 @@ def train_step(
   microbatches: int = 1,
   seed: int = 0,
 ) -> tuple[TrainState, Metrics]:
-  """Gradients of the whole batch, microbatch by microbatch, and one update.
-
-  Args:
-    state: before.
-    batch: global arrays [B, ...].
-    objective: model and loss.
-    transform: the optimizer.
-    microbatches: pieces the batch is split into to save memory; losses and gradients are those of the whole.
-    seed: of dropout and jitter; every step and microbatch draws its own.
-
-  Returns:
-    The state after, and metrics (float32 each).
-  """
+  """One update: gradients, then the optimizer. Every step draws its own dropout and jitter from `seed`."""
   key = jax.random.fold_in(jax.random.key(seed), state.step)
-  pieces = split_microbatches(objective.counted(batch), microbatches)
-
-  def loss(params, variables, batch: Batch, key: Array):  # noqa: ANN001, ANN202
-    rngs = dict(zip(('dropout', 'router'), jax.random.split(key), strict=True))
-    return objective.loss({'params': params, **variables}, batch, rngs, train=True)
-
-  def accumulate(carry, piece):  # noqa: ANN001, ANN202
-    sums, variables = carry
-    batch, key = piece
-    (_, (metrics, variables)), gradients = jax.value_and_grad(loss, has_aux=True)(state.params, variables, batch, key)
-    return (jax.tree.map(jnp.add, sums, gradients), variables), metrics
-
-  zeros = jax.tree.map(jnp.zeros_like, state.params)
-  keys = jax.random.split(key, microbatches)
-  (gradients, variables), metrics = jax.lax.scan(accumulate, (zeros, state.variables), (pieces, keys))
-  metrics = {name: jnp.sum(value, axis=0) for name, value in metrics.items()}
-  metrics['gradient_norm'] = optax.global_norm(gradients)
-
-  updates, opt_state = transform.update(gradients, state.opt_state, state.params)
+  grads, variables, metrics = gradients(
+    state.params, state.variables, batch, key, objective=objective, microbatches=microbatches
+  )
+  updates, opt_state = transform.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
+  metrics['gradient_norm'] = optax.global_norm(grads)
   return TrainState(state.step + 1, params, opt_state, variables), metrics
 
 

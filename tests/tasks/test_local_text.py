@@ -57,8 +57,10 @@ def test_any_bytes_are_text_and_empty_files_are_none(corpus):
   documents = [bytes([255, 0, 128]), 'é'.encode('latin-1'), b'plain', bytes(range(248, 256))]
   folder = corpus([*documents, b''])
   (folder / 'gone.txt').symlink_to(folder / 'nowhere')
+  (folder / 'folder.txt').mkdir()
   texts = _texts('train')[0] + _texts('validation')[0]
   assert sorted(texts) == sorted(documents)
+  assert local_text.describe() == f'4 files, 0.0 MB under {folder}'
 
 
 def test_end_of_text_ends_documents_not_chunks(corpus):

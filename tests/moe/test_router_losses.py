@@ -1,0 +1,168 @@
+"""Router losses and metrics against their equations in NumPy, and what padding, groups and microbatches may not change."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.moe import router_losses
+from moe_jax.moe.routing_plan import RoutingPlan
+
+G, S, E, K = 4, 6, 4, 2
+
+
+class Routing(NamedTuple):
+  """What a router knows of some tokens. A field per array, groups first."""
+
+  logits: np.ndarray
+  expert_index: np.ndarray
+  kept: np.ndarray
+  valid: np.ndarray
+
+  @property
+  def probs(self):
+    exp = np.exp(self.logits - self.logits.max(-1, keepdims=True))
+    return exp / exp.sum(-1, keepdims=True)
+
+  def padded(self, groups=0, tokens=0):
+    """The same real tokens with garbage behind each group, and whole groups of it."""
+    rng = np.random.default_rng(1)
+
+    def pad(x):
+      shape = (x.shape[0] + groups, x.shape[1] + tokens, *x.shape[2:])
+      garbage = rng.normal(0, 9, shape) if x.dtype == np.float32 else rng.integers(0, 2, shape)
+      garbage[: x.shape[0], : x.shape[1]] = x
+      return garbage.astype(x.dtype)
+
+    valid = np.pad(self.valid, ((0, groups), (0, tokens)))
+    return Routing(pad(self.logits), pad(self.expert_index), pad(self.kept), valid)
+
+
+@pytest.fixture
+def routing():
+  """Groups with 6, 3, 1 and no real tokens."""
+  rng = np.random.default_rng(0)
+  logits = rng.normal(0, 2, (G, S, E)).astype(np.float32)
+  valid = np.arange(S) < np.array([6, 3, 1, 0])[:, None]
+  return Routing(logits, np.argsort(-logits)[..., :K].astype(np.int32), rng.random((G, S, K)) < 0.6, valid)
+
+
+MEASURES = {  # each: (routing, token_count) -> float32[...]
+  'balance': lambda r, n: router_losses.load_balance_loss(r.probs, r.expert_index[..., :1], r.valid, n),
+  'balance over all choices': lambda r, n: router_losses.load_balance_loss(r.probs, r.expert_index, r.valid, n),
+  'z': lambda r, n: router_losses.router_z_loss(r.logits, r.valid, n),
+  'entropy': lambda r, n: router_losses.router_entropy(r.probs, r.valid, n),
+  'load': lambda r, n: router_losses.expert_load(r.expert_index, E, r.valid, n),
+  'dropped tokens': lambda r, n: router_losses.dropped_tokens(r.kept, r.valid, n),
+  'dropped choices': lambda r, n: router_losses.dropped_choices(r.kept, r.valid, n),
+}
+
+
+def balance_by_loop(r, choices):
+  total = 0.0
+  for g in range(G):
+    real = r.valid[g].nonzero()[0]
+    if real.size:
+      f = [np.mean(r.expert_index[g, real, :choices] == i) for i in range(E)]
+      p = [np.mean(r.probs[g, real, i]) for i in range(E)]
+      total += E * sum(fi * pi for fi, pi in zip(f, p, strict=True)) * real.size
+  return total / r.valid.sum()
+
+
+EQUATIONS = {
+  'balance': lambda r: balance_by_loop(r, 1),
+  'balance over all choices': lambda r: balance_by_loop(r, K),
+  'z': lambda r: np.mean(np.log(np.exp(r.logits[r.valid]).sum(-1)) ** 2),
+  'entropy': lambda r: np.mean(-np.sum(r.probs[r.valid] * np.log(r.probs[r.valid]), axis=-1)),
+  'load': lambda r: np.bincount(r.expert_index[r.valid].ravel(), minlength=E) / (K * r.valid.sum()),
+  'dropped tokens': lambda r: np.mean([not any(kept) for kept in r.kept[r.valid]]),
+  'dropped choices': lambda r: np.mean(~r.kept[r.valid]),
+}
+
+
+@pytest.mark.parametrize('name', MEASURES)
+def test_equation(name, routing):
+  np.testing.assert_allclose(MEASURES[name](routing, routing.valid.sum()), EQUATIONS[name](routing), rtol=1e-5)
+
+
+@pytest.mark.parametrize('padding', [{'tokens': 1}, {'tokens': 7}, {'groups': 3}, {'groups': 1, 'tokens': 2}])
+@pytest.mark.parametrize('name', MEASURES)
+def test_padding_neither_counts_nor_scales(name, padding, routing):
+  more = routing.padded(**padding)
+  count = routing.valid.sum()
+  assert more.valid.sum() == count and more.valid.size > routing.valid.size
+  np.testing.assert_allclose(MEASURES[name](more, count), MEASURES[name](routing, count), rtol=1e-6)
+
+
+@pytest.mark.parametrize('name', MEASURES)
+def test_microbatches_add_up(name, routing):
+  count = routing.valid.sum()  # of the whole batch
+  parts = [MEASURES[name](Routing(*(x[g : g + 1] for x in routing)), count) for g in range(G)]
+  np.testing.assert_allclose(sum(parts), MEASURES[name](routing, count), rtol=1e-6)
+
+
+@pytest.mark.parametrize('name', MEASURES)
+def test_nothing_but_padding_is_nothing(name, routing):
+  empty = routing._replace(valid=np.zeros_like(routing.valid))
+  np.testing.assert_array_equal(MEASURES[name](empty, np.float32(0)), np.zeros_like(EQUATIONS[name](routing)))
+
+
+@pytest.mark.parametrize('choices', [1, 2])
+def test_balance_is_one_when_balanced_and_e_when_collapsed(choices):
+  valid, count = jnp.ones((G, E), bool), G * E
+  uniform = jnp.full((G, E, E), 1 / E)
+  in_turn = jnp.tile(jnp.arange(E)[:, None], (G, 1, 1)) + jnp.arange(choices)[None, None, :]
+  assert router_losses.load_balance_loss(uniform, in_turn % E, valid, count) == pytest.approx(1)
+  collapsed = jnp.zeros((G, E, choices), jnp.int32)
+  certain = jax.nn.one_hot(jnp.zeros((G, E), int), E)
+  assert router_losses.load_balance_loss(certain, collapsed, valid, count) == pytest.approx(E)
+
+
+def test_balance_of_each_group_counts_and_not_that_of_their_mean():
+  """Two groups that collapse onto different experts are no balanced whole."""
+  expert = jnp.repeat(jnp.arange(2), S).reshape(2, S)
+  loss = router_losses.load_balance_loss(jax.nn.one_hot(expert, 2), expert[..., None], jnp.ones((2, S), bool), 2 * S)
+  assert loss == pytest.approx(2)
+
+
+def test_balance_learns_through_the_probabilities_alone(routing):
+  """The share of choices is a constant: E f_i / T is the whole gradient, in the router's logits too."""
+  r, count = routing, routing.valid.sum()
+
+  def loss(logits):
+    probs = jax.nn.softmax(logits)
+    return router_losses.load_balance_loss(probs, jax.lax.top_k(probs, 1)[1], r.valid, count)
+
+  choices = r.expert_index[..., :1]
+  gradient = jax.grad(router_losses.load_balance_loss)(jnp.asarray(r.probs), choices, r.valid, count)
+  f = np.stack([np.sum((choices[..., 0] == i) & r.valid, axis=1) for i in range(E)], -1)
+  f = f / np.maximum(r.valid.sum(1, keepdims=True), 1)
+  expected = np.where(r.valid[..., None], E * f[:, None, :] / count, 0)
+  np.testing.assert_allclose(gradient, expected, rtol=1e-6)
+  through_softmax = r.probs * (expected - np.sum(expected * r.probs, axis=-1, keepdims=True))
+  np.testing.assert_allclose(jax.grad(loss)(r.logits), through_softmax, rtol=1e-4, atol=1e-8)
+
+
+def test_limits():
+  valid, count = jnp.ones((G, S), bool), G * S
+  assert router_losses.router_z_loss(jnp.zeros((G, S, E)), valid, count) == pytest.approx(np.log(E) ** 2)
+  assert router_losses.router_entropy(jnp.full((G, S, E), 1 / E), valid, count) == pytest.approx(np.log(E))
+  assert router_losses.router_entropy(jax.nn.one_hot(jnp.zeros((G, S), int), E), valid, count) == 0
+
+
+def test_z_loss_gives_padding_no_gradient(routing):
+  gradient = jax.grad(router_losses.router_z_loss)(routing.logits, routing.valid, routing.valid.sum())
+  assert np.all(gradient[~routing.valid] == 0) and np.all(gradient[routing.valid] != 0)
+
+
+def test_plan_metrics(routing):
+  """Loads sum to 1 before capacity; a token is dropped when none of its choices was kept."""
+  slots = np.where(routing.kept, 0, 1)
+  plan = RoutingPlan(routing.expert_index, jnp.asarray(slots), jnp.ones((G, S, K)), E, capacity=1)
+  metrics = router_losses.plan_metrics(plan, routing.valid, routing.valid.sum())
+  assert np.sum(metrics['expert_load']) == pytest.approx(1)
+  assert metrics['dropped'] == pytest.approx(EQUATIONS['dropped tokens'](routing))
+  assert metrics['dropped_choices'] == pytest.approx(EQUATIONS['dropped choices'](routing))
+  assert 0 < metrics['dropped'] < metrics['dropped_choices']

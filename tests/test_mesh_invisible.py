@@ -1,0 +1,104 @@
+"""The mesh is invisible: loss, auxiliary losses and gradients are those of one device on every mesh."""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+from moe_jax import sharding
+from moe_jax.moe.dispatchers.all_to_all import all_to_all
+from moe_jax.moe.dispatchers.einsum import einsum
+from moe_jax.objectives import LanguageModeling
+from moe_jax.training.state import abstract_variables
+from moe_jax.training.step import gradients
+from tests import tiny
+
+MESHES = [(1, 1, 1), (2, 4, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2)]
+DISPATCHERS = {'einsum': einsum, 'all_to_all': all_to_all}
+KINDS = {'decoder_only': tiny.decoder_only, 'encoder_decoder': tiny.encoder_decoder}
+
+
+def one_step(kind: str, mesh: Any, rules: Any, microbatches: int = 1, params: Any = None, **options: Any) -> Any:
+  """Gradients and metrics of one batch, on the host; the weights are made on one device and laid out on the mesh."""
+  objective = LanguageModeling(KINDS[kind](**options), z_loss=1e-4)
+  batch = tiny.batch(encoder=kind == 'encoder_decoder')
+  spec = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}
+  with sharding.activate(mesh, rules):
+    shapes, names = abstract_variables(objective, spec)
+    place = jax.tree.map(lambda _, axes: sharding.named_sharding(mesh, *axes), shapes['params'], names['params'])
+    params = jax.device_put(params, place)
+    batch = {name: jax.device_put(x, sharding.named_sharding(mesh, 'batch', None)) for name, x in batch.items()}
+    step = jax.jit(functools.partial(gradients, objective=objective, microbatches=microbatches), out_shardings=(place, None, None))
+    grads, _, metrics = step(params, {}, batch, jax.random.key(0))
+  return jax.device_get((grads, metrics))
+
+
+@functools.cache
+def initial(kind: str) -> Any:
+  """Weights made on one device, with routers that have opinions."""
+  key, batch = jax.random.key(1), tiny.batch(encoder=kind == 'encoder_decoder')
+  params = jax.device_get(jax.jit(lambda: nn.unbox(KINDS[kind]().init(key, batch)))()['params'])
+  return jax.tree_util.tree_map_with_path(lambda path, x: x * 10 if 'router' in jax.tree_util.keystr(path) else x, params)
+
+
+@functools.cache
+def reference(kind: str) -> Any:
+  mesh = sharding.make_mesh({'data': 1, 'expert': 1, 'model': 1}, jax.devices()[:1])
+  return one_step(kind, mesh, sharding.replicated_rules(), params=initial(kind))
+
+
+def assert_same(actual: Any, expected: Any) -> None:
+  (grads, metrics), (expected_grads, expected_metrics) = actual, expected
+  assert metrics.keys() == expected_metrics.keys()
+  for name, value in metrics.items():
+    np.testing.assert_allclose(value, expected_metrics[name], rtol=1e-5, atol=1e-7, err_msg=name)
+  for (path, value), expected in zip(
+    jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(expected_grads), strict=True
+  ):
+    error = np.linalg.norm(value - expected) / np.linalg.norm(expected)
+    assert error <= 1e-5, f'{jax.tree_util.keystr(path)}: relative error {error}'
+
+
+@pytest.mark.parametrize('microbatches', [1, 4])
+@pytest.mark.parametrize('dispatcher', DISPATCHERS)
+@pytest.mark.parametrize('shape', MESHES)
+def test_decoder_only(mesh, shape, dispatcher, microbatches):
+  rules = sharding.fsdp_rules() if shape == (2, 2, 2) else sharding.replicated_rules()
+  actual = one_step(
+    'decoder_only', mesh(*shape), rules, microbatches, initial('decoder_only'), dispatcher=DISPATCHERS[dispatcher]
+  )
+  assert_same(actual, reference('decoder_only'))
+
+
+@pytest.mark.parametrize('rules', [sharding.replicated_rules(), sharding.fsdp_rules()], ids=['replicated', 'fsdp'])
+@pytest.mark.parametrize('shape', [(2, 4, 1), (2, 2, 2)])
+def test_encoder_decoder(mesh, shape, rules):
+  actual = one_step('encoder_decoder', mesh(*shape), rules, 2, initial('encoder_decoder'), dispatcher=all_to_all)
+  assert_same(actual, reference('encoder_decoder'))
+
+
+@pytest.mark.parametrize('shape', [(1, 1, 1), (2, 2, 2)])
+def test_unrolled_equals_scanned(mesh, shape):
+  stacked = initial('decoder_only')
+  repeats = 2
+  unrolled = {**stacked, 'stack_0': {}}
+  for i in range(repeats):
+    unrolled['stack_0'][f'blocks_{i}'] = jax.tree.map(lambda x, i=i: x[i], stacked['stack_0']['blocks'])
+  grads, metrics = one_step(
+    'decoder_only', mesh(*shape), sharding.replicated_rules(), 4, unrolled, dispatcher=all_to_all, scan=False, remat='none'
+  )
+  blocks = [grads['stack_0'].pop(f'blocks_{i}') for i in range(repeats)]
+  grads['stack_0']['blocks'] = jax.tree.map(lambda *leaves: np.stack(leaves), *blocks)
+  assert_same((grads, metrics), reference('decoder_only'))
+
+
+def test_the_reference_is_not_trivial():
+  """The comparison above means something: tokens are dropped, the load is uneven, every weight has a gradient."""
+  grads, metrics = reference('decoder_only')
+  load = metrics['decoder/stack_0/moe/expert_load']
+  assert np.allclose(load.sum(-1), 1) and load.max() > 1.5 / 8
+  assert np.all(metrics['decoder/stack_0/moe/dropped_choices'] > 0.05)
+  assert all(np.any(leaf != 0) for leaf in jax.tree.leaves(grads))
