@@ -13,9 +13,9 @@ import sys
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
-import gin  # noqa: E402
+import gin
 
-from moe_jax.types import ConfigError  # noqa: E402
+from moe_jax.types import ConfigError
 
 MODES = {  # mode -> module:function
   'train': 'moe_jax.runs.train:train',
@@ -90,7 +90,10 @@ def main(arguments: list[str]) -> int:
     if debug:
       raise
     known = isinstance(error, ConfigError)
-    print(first_line(error) if known else f'{type(error).__name__}: {first_line(error)} (--debug shows where)', file=sys.stderr)
+    print(
+      first_line(error) if known else f'{type(error).__name__}: {first_line(error)} (--debug shows where)',
+      file=sys.stderr,
+    )
     return 1
   return 0
 
@@ -107,9 +110,16 @@ def run(flags: argparse.Namespace, bindings: list[str]) -> None:
   if not flags.gin_file:
     raise ConfigError('Which model? Give --gin_file=gin/experiments/quickstart.gin, or another of that folder.')
   parse_gin(flags.run_mode, flags.gin_file, bindings, flags.gin_search_paths.split(','))
-  given = {'dry_run': flags.dry_run or None, 'prompts': flags.prompt, 'output': flags.output, 'config': gin.config_str()}
+  given = {
+    'dry_run': flags.dry_run or None,
+    'prompts': flags.prompt,
+    'output': flags.output,
+    'config': gin.config_str(),
+  }
   accepted = inspect.signature(function).parameters
-  gin.get_configurable(function)(**{key: value for key, value in given.items() if value is not None and key in accepted})
+  gin.get_configurable(function)(
+    **{key: value for key, value in given.items() if value is not None and key in accepted}
+  )
 
 
 if __name__ == '__main__':

@@ -1,47 +1,28 @@
 """Batches: seqio tasks packed, batched and laid out over the mesh. The one file of the library that meets TensorFlow.
 
-Every batch has the same features, all [B, L], whether packed or not:
-
-  decoder_input_tokens   int32    the targets shifted right; 0 is both the first token of a segment and padding
-  decoder_target_tokens  int32    0 is padding
-  decoder_loss_weights   float32  1 where the loss is taken
-  decoder_segment_ids    int32    1, 2, ... for the examples packed in a row; 0 is padding
-  decoder_positions      int32    from 0 in each segment
-  encoder_input_tokens, encoder_segment_ids, encoder_positions    int32, with an encoder only
+What is in a batch, `moe_jax/batch.py` says.
 """
 
 import collections
 import difflib
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import seqio
 import tensorflow as tf
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
+from moe_jax.batch import batch_spec
 from moe_jax.types import Array, Batch, ConfigError
 
 tf.config.set_visible_devices([], 'GPU')  # else TensorFlow takes the memory that JAX is about to use
 
 # DecoderFeatureConverter is a plain language model for 'targets' alone, and a prefix one for 'inputs' and 'targets'.
 _CONVERTERS = {'decoder_only': seqio.DecoderFeatureConverter, 'encoder_decoder': seqio.EncDecFeatureConverter}
-_DECODER = ('input_tokens', 'target_tokens', 'loss_weights', 'segment_ids', 'positions')
-_ENCODER = ('input_tokens', 'segment_ids', 'positions')
-
-
-def batch_spec(lengths: Mapping[str, int], batch_size: int, converter: str) -> dict[str, jax.ShapeDtypeStruct]:
-  """What `batches` yields, found without reading data."""
-  if converter == 'decoder_only':
-    columns = {f'decoder_{name}': sum(lengths.values()) for name in _DECODER}
-  else:
-    columns = {f'decoder_{name}': lengths['targets'] for name in _DECODER}
-    columns |= {f'encoder_{name}': lengths['inputs'] for name in _ENCODER}
-  dtypes = {'decoder_loss_weights': jnp.float32}
-  return {name: jax.ShapeDtypeStruct((batch_size, n), dtypes.get(name, jnp.int32)) for name, n in columns.items()}
 
 
 def vocabulary(task: str, modules: Sequence[str] = ('tasks.local_text',)) -> seqio.Vocabulary:
@@ -72,7 +53,14 @@ def bytes_of(tokens: np.ndarray, vocabulary: seqio.ByteVocabulary) -> bytes:
 class BatchIterator(Iterator[Batch]):
   """Global batches, and where in the data they are."""
 
-  def __init__(self, dataset: tf.data.Dataset, spec: Batch, sharding: NamedSharding, finite: bool, origin: str):
+  def __init__(
+    self,
+    dataset: tf.data.Dataset,
+    spec: Mapping[str, jax.ShapeDtypeStruct],
+    sharding: NamedSharding,
+    finite: bool,
+    origin: str,
+  ):
     """Starts at the beginning.
 
     Args:
@@ -89,7 +77,7 @@ class BatchIterator(Iterator[Batch]):
 
   def __next__(self) -> Batch:
     """A dict of global arrays [B, L]. A short batch is filled up with rows of zeros, which weigh nothing."""
-    local = next(self._iterator, None)
+    local: Any = next(self._iterator, None)
     here = local is not None
     if not (_on_any_host(here) if self._finite else here):
       raise StopIteration
@@ -239,12 +227,13 @@ def _as_one_segment(row: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
     if tokens in row:
       real = tf.not_equal(row[tokens], 0)
       added |= {f'{side}_segment_ids': tf.cast(real, tf.int32), f'{side}_positions': tf.range(tf.size(real))}
-  return row | added
+  return {**row, **added}
 
 
 def _shard_info(sharding: NamedSharding) -> seqio.ShardInfo:
   """Which part of the rows this host's devices hold; hosts whose devices hold the same rows read the same files."""
-  rows = collections.defaultdict(set)
+  rows: dict[int, set[int]] = collections.defaultdict(set)
+  device: Any
   for device, (index, _) in sharding.devices_indices_map((sharding.num_devices, 1)).items():
     rows[device.process_index].add(index.start or 0)
   parts = sorted({tuple(sorted(starts)) for starts in rows.values()})

@@ -1,6 +1,6 @@
 """Decoding over the key-value cache: one pass over all prompts, then a token at a time until every row has ended.
 
-A strategy says how hypotheses grow: `Sampling` (temperature 0 is greedy) or `Beam`. Prompts of different lengths are pushed
+A strategy says how texts grow: `Sampling` (temperature 0 is greedy) or `Beam`. Prompts of different lengths are pushed
 to the right, so that all end at the same slot of the cache.
 
 Letters: B rows, P prompt length, N new tokens, W beams of a row, V vocabulary.
@@ -75,9 +75,9 @@ def decode(
   Args:
     model: `DecoderOnly` or `EncoderDecoder`, or another with their `encode` and `decode`.
     variables: of the model.
-    batch: 'decoder_input_tokens', 'decoder_segment_ids' int32[B, P], the prompts, of which token 0 is the first (BOS) and
-      segment 0 is padding, on either side; for an encoder-decoder 'encoder_*' int32[B, L_in] too. A row of padding alone
-      is left alone.
+    batch: 'decoder_input_tokens' and 'decoder_segment_ids' int32[B, P], the prompts: 0 is their first token (BOS), and
+      segment 0 is padding, on either side. With an encoder, 'encoder_*' int32[B, L_in] too. A row that is all padding
+      stays so.
     max_new_tokens: N.
     strategy: how to choose.
     key: of what is drawn at random; a row's draws depend on its index and on nothing else in the batch.
@@ -91,7 +91,7 @@ def decode(
   """
   rows, ways = len(batch['decoder_input_tokens']), sharding.shards('batch')
   if rows % ways:
-    raise ConfigError(f'{rows} prompts do not divide over {ways} data-parallel devices: add empty rows up to a multiple.')
+    raise ConfigError(f'{rows} prompts do not divide over {ways} data-parallel devices: add empty rows.')
   batch = pushed_right(batch)
   lengths = jnp.sum(batch['decoder_segment_ids'], axis=1)
   width, slots = strategy.width, batch['decoder_input_tokens'].shape[1] + max_new_tokens
@@ -103,7 +103,7 @@ def decode(
     )
     return jax.nn.log_softmax(logits[:, -1]).reshape(rows, -1, logits.shape[-1]), made
 
-  # ---- The prompts ----------------------------------------------------------------------------------------------------
+  # ---- The prompts ---------------------------------------------------------------------------------------------------
   encoded, _ = model.apply(variables, batch, method='encode')
   log_probs, cache = forward(batch, encoded, {})
   exists = (lengths > 0)[:, None] & (jnp.arange(width) == 0)[None, :]  # one beam each, until it branches
@@ -112,7 +112,7 @@ def decode(
   texts = Hypotheses(jnp.int32(0), tokens, scores, exists, parent, tokens, jnp.full_like(scores, -jnp.inf))
   texts = strategy.extend(texts, jnp.repeat(log_probs, width, axis=1), key, eos_id)
 
-  # ---- Token by token -------------------------------------------------------------------------------------------------
+  # ---- Token by token ------------------------------------------------------------------------------------------------
   cache = _map_rows(lambda x, axis: jnp.repeat(x, width, axis), cache)
   kept = {name: jnp.repeat(batch[name], width, axis=0) for name in ('encoder_segment_ids',) if name in batch}
   lengths = jnp.repeat(lengths, width)[:, None]
@@ -144,8 +144,8 @@ class Sampling:
   Attributes:
     temperature: sharpens the distribution below 1 and flattens it above; 0 always takes the likeliest token (greedy).
     top_k: draws from so many likeliest tokens; 0 from all.
-    top_p: draws from the nucleus, the fewest likeliest tokens that have this probability together (Holtzman et al. 2019),
-      after `top_k`.
+    top_p: draws from the nucleus, the fewest likeliest tokens that together have this probability (Holtzman et al.
+      2019); `top_k` comes first.
   """
 
   temperature: float = 1.0
@@ -155,7 +155,7 @@ class Sampling:
 
   def __post_init__(self) -> None:
     if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-      raise ConfigError(f'TEMPERATURE and TOP_K are not negative, and TOP_P is above 0 and at most 1, unlike in {self}.')
+      raise ConfigError(f'TEMPERATURE and TOP_K are not negative, and TOP_P is in (0, 1], unlike in {self}.')
 
   def extend(self, texts: Hypotheses, log_probs: Array, key: Array, eos_id: int) -> Hypotheses:
     """See `Strategy`."""
@@ -167,7 +167,8 @@ class Sampling:
       token = jax.vmap(jax.random.categorical)(keys, likely(log_probs / self.temperature, self.top_k, self.top_p))
     token = jnp.where(texts.live, token, 0)
     gain = jnp.take_along_axis(log_probs, token[..., None], axis=-1)[..., 0]
-    return texts.replace(
+    return dataclasses.replace(
+      texts,
       step=texts.step + 1,
       tokens=texts.tokens.at[:, :, texts.step].set(token),
       scores=texts.scores + jnp.where(texts.live, gain, 0.0),
@@ -186,7 +187,7 @@ GREEDY = Sampling(temperature=0.0)
 class Beam:
   """Beam search: keeps the W likeliest beginnings, and the W best texts that have ended.
 
-  A text of n tokens, EOS counted, scores its log-probability / ((5 + n) / 6)^length_penalty (Wu et al. 2016, eq. 14). One
+  A text of n tokens, EOS counted, scores log-probability / ((5 + n) / 6)^length_penalty (Wu et al. 2016, eq. 14). One
   that is cut off at N tokens competes as it is.
 
   Attributes:

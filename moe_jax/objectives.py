@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from moe_jax import sharding
+from moe_jax.batch import with_token_counts
 from moe_jax.types import Array, Batch, Metrics, total_loss
 
 Variables = Mapping[str, Any]
@@ -19,13 +19,14 @@ STATE = 'state'  # the collection of what a model remembers that no gradient tra
 class Objective(Protocol):
   """A model and a loss on it."""
 
-  model: nn.Module
+  @property
+  def model(self) -> nn.Module: ...
 
   def counted(self, batch: Batch) -> Batch:
     """Adds the token counts that losses are divided by. Called on the whole batch, before it is split."""
 
   def loss(
-    self, variables: Variables, batch: Batch, rngs: Mapping[str, Array] | None, train: bool
+    self, variables: Variables, batch: Batch, rngs: dict[str, Array] | None, train: bool
   ) -> tuple[Array, tuple[Metrics, Variables]]:
     """The loss float32[], metrics, and the model's new state. Losses and metrics of microbatches add up."""
 
@@ -48,15 +49,11 @@ class LanguageModeling:
 
   def counted(self, batch: Batch) -> Batch:
     """Adds 'encoder_token_count', 'decoder_token_count' and 'target_count', float32[] each."""
-    counts = {
-      key.removesuffix('segment_ids') + 'token_count': jnp.sum(value > 0).astype(jnp.float32)
-      for key, value in batch.items()
-      if key.endswith('segment_ids')
-    }
-    return {**batch, **counts, 'target_count': jnp.sum(batch['decoder_loss_weights'], dtype=jnp.float32)}
+    targets = jnp.sum(batch['decoder_loss_weights'], dtype=jnp.float32)
+    return {**with_token_counts(batch), 'target_count': targets}
 
   def loss(
-    self, variables: Variables, batch: Batch, rngs: Mapping[str, Array] | None, train: bool
+    self, variables: Variables, batch: Batch, rngs: dict[str, Array] | None, train: bool
   ) -> tuple[Array, tuple[Metrics, Variables]]:
     """See `Objective`. Outside training the auxiliary losses are left out of the loss."""
     (logits, aux), state = self.model.apply(variables, batch, train=train, rngs=rngs, mutable=[STATE])
@@ -83,23 +80,3 @@ class LanguageModeling:
       metrics |= {'aux_loss': auxiliary, **{f'loss/{key}': value for key, value in aux.losses.items()}}
       loss += auxiliary
     return loss, ({'loss': loss, **metrics, **aux.metrics}, state)
-
-
-def split_microbatches(batch: Batch, count: int) -> dict[str, Array]:
-  """Gives every array of examples a leading [count] axis; scalars are repeated.
-
-  Each device keeps its own examples and splits them in order, so nothing moves and routing groups stay whole.
-
-  Args:
-    batch: arrays [B, ...], with B a multiple of `count` times the data-parallel devices, and scalars.
-    count: microbatches.
-  """
-  shards = sharding.shards('batch')
-
-  def split(x: Array) -> Array:
-    if x.ndim == 0:
-      return jnp.broadcast_to(x, (count,))
-    x = x.reshape(shards, count, -1, *x.shape[1:]).swapaxes(0, 1)
-    return sharding.constrain(x.reshape(count, -1, *x.shape[3:]), None, 'batch', *(None,) * (x.ndim - 3))
-
-  return {key: split(value) for key, value in batch.items()}

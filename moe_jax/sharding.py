@@ -104,7 +104,7 @@ def spec(*names: str | None) -> PartitionSpec:
     if rules:
       raise ConfigError(f'No rule says where the logical axis {unknown[0]!r} lives: add one to AXIS_RULES.')
     return PartitionSpec(*(None,) * len(names))
-  return nn.logical_to_mesh_axes(names, rules)
+  return nn.logical_to_mesh_axes(names, rules) or PartitionSpec()
 
 
 def named_sharding(mesh: Mesh, *names: str | None) -> NamedSharding:

@@ -1,7 +1,7 @@
 """The words every floor of the library shares.
 
-`Aux` is what a layer reports besides its output. Everything in it is *additive*: a sum over the tokens at hand divided by
-the token count of the whole batch. So microbatches, groups and devices add up, and nothing is ever averaged twice.
+`Aux` is what a layer reports besides its output. Everything in it is *additive*: a sum over the tokens at hand divided
+by the token count of the whole batch. So microbatches, groups and devices add up, and nothing is averaged twice.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ Array = jax.Array
 Dtype = Any
 Batch = Mapping[str, Array]  # seqio's feature names, e.g. 'decoder_input_tokens': int32[B, L]
 Metrics = dict[str, Array]
-Initializer = Callable[..., Array]
+Initializer = Callable[..., Any]
 
 
 class ConfigError(ValueError):

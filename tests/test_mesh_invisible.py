@@ -31,7 +31,9 @@ def one_step(kind: str, mesh: Any, rules: Any, microbatches: int = 1, params: An
     place = jax.tree.map(lambda _, axes: sharding.named_sharding(mesh, *axes), shapes['params'], names['params'])
     params = jax.device_put(params, place)
     batch = {name: jax.device_put(x, sharding.named_sharding(mesh, 'batch', None)) for name, x in batch.items()}
-    step = jax.jit(functools.partial(gradients, objective=objective, microbatches=microbatches), out_shardings=(place, None, None))
+    step = jax.jit(
+      functools.partial(gradients, objective=objective, microbatches=microbatches), out_shardings=(place, None, None)
+    )
     grads, _, metrics = step(params, {}, batch, jax.random.key(0))
   return jax.device_get((grads, metrics))
 
@@ -41,7 +43,9 @@ def initial(kind: str) -> Any:
   """Weights made on one device, with routers that have opinions."""
   key, batch = jax.random.key(1), tiny.batch(encoder=kind == 'encoder_decoder')
   params = jax.device_get(jax.jit(lambda: nn.unbox(KINDS[kind]().init(key, batch)))()['params'])
-  return jax.tree_util.tree_map_with_path(lambda path, x: x * 10 if 'router' in jax.tree_util.keystr(path) else x, params)
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x: x * 10 if 'router' in jax.tree_util.keystr(path) else x, params
+  )
 
 
 @functools.cache
@@ -88,7 +92,14 @@ def test_unrolled_equals_scanned(mesh, shape):
   for i in range(repeats):
     unrolled['stack_0'][f'blocks_{i}'] = jax.tree.map(lambda x, i=i: x[i], stacked['stack_0']['blocks'])
   grads, metrics = one_step(
-    'decoder_only', mesh(*shape), sharding.replicated_rules(), 4, unrolled, dispatcher=all_to_all, scan=False, remat='none'
+    'decoder_only',
+    mesh(*shape),
+    sharding.replicated_rules(),
+    4,
+    unrolled,
+    dispatcher=all_to_all,
+    scan=False,
+    remat='none',
   )
   blocks = [grads['stack_0'].pop(f'blocks_{i}') for i in range(repeats)]
   grads['stack_0']['blocks'] = jax.tree.map(lambda *leaves: np.stack(leaves), *blocks)
@@ -99,6 +110,6 @@ def test_the_reference_is_not_trivial():
   """The comparison above means something: tokens are dropped, the load is uneven, every weight has a gradient."""
   grads, metrics = reference('decoder_only')
   load = metrics['decoder/stack_0/moe/expert_load']
-  assert np.allclose(load.sum(-1), 1) and load.max() > 1.5 / 8
+  assert np.allclose(load.sum(-1), 1) and load.max() > 1.3 / 8 and load.min() < 0.7 / 8
   assert np.all(metrics['decoder/stack_0/moe/dropped_choices'] > 0.05)
   assert all(np.any(leaf != 0) for leaf in jax.tree.leaves(grads))

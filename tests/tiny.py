@@ -23,11 +23,22 @@ make = functools.partial
 
 
 def stack_factory(
-  mixers: dict[str, Any], dispatcher: Any, router: Any, expert_every: int, num_layers: int = 4, group_size: int = 16, **stack: Any
+  mixers: dict[str, Any],
+  dispatcher: Any,
+  router: Any,
+  expert_every: int,
+  num_layers: int = 4,
+  group_size: int = 16,
+  **stack: Any,
 ) -> Any:
   """`num_layers` layers, one in `expert_every` sparse: 8 experts, groups of 16 tokens unless told otherwise."""
   moe = make(
-    MoELayer, num_experts=8, group_size=group_size, router=router, experts=make(Experts, hidden_dim=32), dispatcher=dispatcher
+    MoELayer,
+    num_experts=8,
+    group_size=group_size,
+    router=router,
+    experts=make(Experts, hidden_dim=32),
+    dispatcher=dispatcher,
   )
   return make(
     interleaved_stack,

@@ -6,7 +6,7 @@ import numpy as np
 
 
 def unigram_bits_per_byte(train: bytes, test: bytes) -> float:
-  """Cross-entropy of `test` in bits per byte under byte frequencies of `train`, each byte counted once more (Laplace)."""
+  """Cross-entropy of `test` in bits per byte under byte frequencies of `train`, each counted once more (Laplace)."""
   counts = np.bincount(np.frombuffer(train, np.uint8), minlength=256) + 1.0
   bits = -np.log2(counts / counts.sum())
   return float(bits[np.frombuffer(test, np.uint8)].mean())

@@ -48,4 +48,6 @@ def count_parameters(model: nn.Module, batch_spec: Mapping[str, jax.ShapeDtypeSt
 
 def bytes_per_device(spec: PyTree) -> int:
   """Bytes of a tree of `ShapeDtypeStruct`s with shardings that the fullest device holds."""
-  return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(spec))
+  return sum(
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(spec)
+  )

@@ -13,7 +13,7 @@ from moe_jax import sharding
 from moe_jax.layers.context import Context
 from moe_jax.layers.initializers import fan_in
 from moe_jax.layers.positions import relative_bias, rotate
-from moe_jax.types import Array, Aux, Dtype, Initializer
+from moe_jax.types import Array, Aux, ConfigError, Dtype, Initializer
 
 
 def segment_mask(query_segments: Array, key_segments: Array) -> Array:
@@ -88,7 +88,7 @@ class SelfAttention(_Attention):
     return self.attend(query, key, value, mask, bias, x.shape[-1]), Aux()
 
   def _extend_cache(self, key: Array, value: Array, context: Context) -> tuple[Array, Array, Array, Array]:
-    """Writes new keys and values behind the old; the first call makes the cache. Returns it whole, and where it began."""
+    """Writes keys and values behind the old; the first call makes the cache. Returns it whole, and where it began."""
     batch, _, heads, width = key.shape
     slots = context.cache_length
     shape = (batch, slots, heads, width)
@@ -112,8 +112,12 @@ class CrossAttention(_Attention):
     kv_heads = self.num_kv_heads or self.num_heads
     query = self.project('query', x, self.num_heads)
 
+    if context.encoded is None or context.encoded_segment_ids is None:
+      raise ConfigError('Cross-attention needs an encoder: this model has none.')
+    source = context.encoded
+
     def encoded(name: str) -> Array:
-      return self.project(name, context.encoded, kv_heads)
+      return self.project(name, source, kv_heads)
 
     if context.cache_length:
       key = self.stored('encoded_key', lambda: encoded('key'), 'batch', None, 'heads', None).value

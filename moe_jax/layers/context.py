@@ -12,10 +12,10 @@ class Context:
   """Facts about the tokens of one stack.
 
   Attributes:
-    segment_ids: int32[B, L]; tokens see each other only within a segment, and 0 is padding (never guess padding from zeros).
+    segment_ids: int32[B, L]; tokens see each other only within a segment, and 0 is padding (never guess it from zeros).
     positions: int32[B, L], position of each token in its segment.
-    token_count: float32[], real tokens of the *whole* batch, of which this may be one microbatch. Losses and metrics are
-      divided by it, so that those of microbatches add up to those of the batch.
+    token_count: float32[], real tokens of the *whole* batch, of which this may be one microbatch. Losses and metrics
+      are divided by it, so that those of microbatches add up to those of the batch.
     token_ids: int32[B, L], for routers that hash them.
     task_ids: int32[B], for routers that go by task or domain.
     encoded: float[B, L_in, M], the encoder's output for cross-attention.

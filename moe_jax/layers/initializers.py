@@ -12,8 +12,8 @@ def fan_in(
 ) -> Initializer:
   """Truncated normal with standard deviation sqrt(scale / fan_in), measured after truncation.
 
-  Sparse models like a tenth of the usual scale (Fedus et al. 2021, section 2.4). `batch_axis` holds the expert axis: each
-  expert starts on its own.
+  Sparse models like a tenth of the usual scale (Fedus et al. 2021, section 2.4). `batch_axis` holds the expert axis:
+  each expert starts on its own.
   """
   return initializers.variance_scaling(
     scale, 'fan_in', 'truncated_normal', in_axis=in_axis, out_axis=out_axis, batch_axis=batch_axis

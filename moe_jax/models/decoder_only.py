@@ -3,19 +3,13 @@
 from collections.abc import Callable, Sequence
 
 import flax.linen as nn
-import jax.numpy as jnp
 
+from moe_jax.batch import token_count
 from moe_jax.layers.context import Context
 from moe_jax.layers.embeddings import TokenEmbedding
 from moe_jax.layers.norms import rms_norm
 from moe_jax.models.stack import run_stacks
 from moe_jax.types import Array, Aux, Batch, Dtype, nest
-
-
-def token_count(batch: Batch, prefix: str) -> Array:
-  """Real tokens of the whole batch, float32[]: counted before it was split into microbatches, or else here."""
-  counted = batch.get(f'{prefix}_token_count')
-  return jnp.sum(batch[f'{prefix}_segment_ids'] > 0).astype(jnp.float32) if counted is None else counted
 
 
 class DecoderOnly(nn.Module):

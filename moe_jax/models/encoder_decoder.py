@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import flax.linen as nn
 
+from moe_jax.batch import token_count
 from moe_jax.layers.context import Context
 from moe_jax.layers.embeddings import TokenEmbedding
 from moe_jax.layers.norms import rms_norm
-from moe_jax.models.decoder_only import token_count
 from moe_jax.types import Array, Aux, Batch, Dtype, nest
 
 

@@ -1,5 +1,6 @@
 """A stack: a named pattern of sublayers, each normalised before and added after, repeated under one scan."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 import flax.linen as nn
@@ -44,7 +45,7 @@ class Stack(nn.Module):
     pattern: name -> factory of a sublayer. Factories, not instances: an instance used twice would share its weights.
     repeats: how often the pattern runs.
     scan: one compiled block for all repeats, with weights stacked on a 'layers' axis; else unrolled.
-    remat: what the backward pass finds stored: 'none' recomputes nothing, 'dots' keeps matrix products, 'full' recomputes all.
+    remat: what the backward pass recomputes: 'none' nothing, 'dots' all but matrix products, 'full' everything.
     relative_table: makes a relative position table shared by all layers (T5).
     dropout_rate: on the output of each sublayer.
   """
@@ -60,7 +61,7 @@ class Stack(nn.Module):
   @nn.compact
   def __call__(self, x: Array, context: Context) -> tuple[Array, Aux]:
     if self.relative_table:
-      context = context.replace(relative_table=self.relative_table(name='relative')())
+      context = dataclasses.replace(context, relative_table=self.relative_table(name='relative')())
     block, pattern = Block, tuple(self.pattern.items())
     if self.remat != 'none' and not context.cache_length:
       block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=not self.scan)
@@ -116,7 +117,9 @@ def interleaved_stack(
   period = expert_every or 1
   if expert_every < 0 or num_layers % period:
     fits = [k for k in range(1, num_layers + 1) if num_layers % k == 0]
-    raise ConfigError(f'EXPERT_EVERY={expert_every} does not divide NUM_LAYERS={num_layers}: use 0 (dense) or one of {fits}.')
+    raise ConfigError(
+      f'EXPERT_EVERY={expert_every} does not divide NUM_LAYERS={num_layers}: use 0 (dense) or one of {fits}.'
+    )
   sparse = None if expert_every == 0 else 0 if expert_first else period - 1
   pattern: dict[str, SublayerFactory] = {}
   for layer in range(period):

@@ -1,7 +1,7 @@
 """The experts: their weights, and the pure function that runs them on filled buffers."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp

@@ -35,21 +35,22 @@ def rows_per_group(batch: int, length: int, group_size: int, decoding: bool) -> 
   per_device, remainder = divmod(batch, sharding.shards('batch'))
   if remainder:
     raise ConfigError(
-      f'BATCH_SIZE={batch} (after splitting into microbatches) does not divide over {sharding.shards("batch")} data-parallel'
-      f' devices: use a multiple of {sharding.shards("batch")}.'
+      f'BATCH_SIZE={batch} (after splitting into microbatches) does not divide over {sharding.shards("batch")}'
+      f' data-parallel devices: use a multiple of {sharding.shards("batch")}.'
     )
   if decoding:
     return per_device
   if group_size < length:
-    if length % group_size:
+    if group_size < 1 or length % group_size:
       fits = [size for size in range(1, length + 1) if length % size == 0]
-      below, above = max(s for s in fits if s < group_size), min(s for s in fits if s > group_size)
-      raise ConfigError(f'GROUP_SIZE={group_size} does not divide sequences of {length}: {below} and {above} would.')
+      nearest = {max((s for s in fits if s < group_size), default=1), min(s for s in fits if s > group_size)}
+      would = ' and '.join(map(str, sorted(nearest)))
+      raise ConfigError(f'GROUP_SIZE={group_size} does not divide sequences of {length}: {would} would.')
     return None
   rows = group_size // length
   if per_device % rows or group_size % length:
-    fits = [r * length for r in range(1, per_device + 1) if per_device % r == 0]
-    nearest = min(fits, key=lambda size: abs(size - group_size))
+    tiles = [r * length for r in range(1, per_device + 1) if per_device % r == 0]
+    nearest = min(tiles, key=lambda size: abs(size - group_size))
     raise ConfigError(
       f'GROUP_SIZE={group_size} does not tile the {per_device} sequences of {length} tokens that each device has:'
       f' GROUP_SIZE={nearest} does (groups never cross devices).'
@@ -78,6 +79,11 @@ class MoELayer(nn.Module):
   @nn.compact
   def __call__(self, x: Array, context: Context) -> tuple[Array, Aux]:
     batch, length, width = x.shape
+    if self.num_experts % (ways := sharding.shards('expert')):
+      raise ConfigError(
+        f'NUM_EXPERTS={self.num_experts} does not divide over the mesh axis expert of {ways}: use a multiple of {ways},'
+        ' or change MESH (-1 takes the widest axis that fits).'
+      )
     rows = rows_per_group(batch, length, self.group_size, decoding=context.cache_length > 0)
     size = self.group_size if rows is None else rows * length
 

@@ -1,7 +1,9 @@
 """Losses and measures of routing: pure functions, one line of mathematics each.
 
-All are sums over the real tokens at hand divided by `token_count`, the real tokens of the whole batch. So padding neither
-counts nor scales, and microbatches and devices add up. Letters: G groups, S tokens a group, E experts, K choices.
+All are sums over the real tokens at hand divided by `token_count`, the real tokens of the whole batch. So padding
+neither counts nor scales, and microbatches and devices add up.
+
+Letters: G groups, S tokens a group, E experts, K choices.
 """
 
 import jax
@@ -25,8 +27,8 @@ def choice_counts(expert_index: Array, num_experts: int, valid: Array) -> Array:
 def load_balance_loss(probs: Array, expert_index: Array, valid: Array, token_count: Array) -> Array:
   """E sum_i f_i P_i, in each group, averaged over groups by their real tokens; 1 at perfect balance.
 
-  f_i is the share of the given choices that fall on expert i (no gradient), P_i the mean router probability. Pass the first
-  choices alone for the loss of GShard, Switch and ST-MoE (Fedus et al. 2021, eq. 4-6), before any capacity is applied.
+  f_i is the share of the given choices that fall on expert i (no gradient), P_i the mean router probability. Pass the
+  first choices alone for the loss of GShard, Switch and ST-MoE (Fedus et al. 2021, eq. 4-6), before any capacity.
 
   Args:
     probs: float32[G, S, E].

@@ -53,8 +53,8 @@ def expert_capacity(choices: int, num_experts: int, factor: float, multiple_of: 
   """Slots per expert per group: ceil(factor * choices / E), rounded up to a multiple.
 
   Args:
-    choices: what `factor` counts in a group: its tokens (k outside: GShard, Switch, ST-MoE, GLaM), or its tokens times K
-      (k inside: V-MoE, MegaBlocks).
+    choices: what `factor` counts in a group: its tokens (k outside: GShard, Switch, ST-MoE, GLaM), or its tokens times
+      K (k inside: V-MoE, MegaBlocks).
     num_experts: E.
     factor: the capacity factor.
     multiple_of: slots come in multiples of this, and are at least this many.

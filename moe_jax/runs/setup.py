@@ -1,5 +1,6 @@
 """What training, evaluation and inference build alike: devices, data, and a model laid out on them."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -11,6 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from moe_jax import sharding
+from moe_jax.batch import batch_spec
 from moe_jax.objectives import LanguageModeling, Objective
 from moe_jax.training.state import OptimizerFactory, TrainState, init_state
 from moe_jax.types import ConfigError
@@ -42,10 +44,8 @@ class Devices:
       ConfigError: if the mesh does not fit them.
     """
     if self.fake_devices:
-      try:
+      with contextlib.suppress(RuntimeError):  # the backend runs already: take it as it is
         jax.config.update('jax_num_cpu_devices', self.fake_devices)  # no matter where there is a GPU or a TPU
-      except RuntimeError:  # the backend runs already: take it as it is
-        pass
     devices = jax.devices()
     return sharding.make_mesh(sharding.mesh_shape(self.mesh, len(devices), self.num_experts), devices)
 
@@ -74,9 +74,7 @@ class Data:
 
   def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of a batch; reads nothing."""
-    from moe_jax import data
-
-    return data.batch_spec(self.lengths, self.batch_size, self.converter)
+    return batch_spec(self.lengths, self.batch_size, self.converter)
 
   def batches(self, mesh: Mesh, split: str, **options: Any) -> 'BatchIterator':
     """Batches on the mesh. Call inside `sharding.activate`."""
@@ -93,6 +91,10 @@ class Data:
       vocab_size=self.vocab_size,
       **{'seed': self.seed, **options},
     )
+
+  def held_out(self, mesh: Mesh, split: str = 'validation') -> 'BatchIterator':
+    """Batches to evaluate on: the same sample of the split every time, whatever the training's seed."""
+    return self.batches(mesh, split, num_epochs=1, seed=0)
 
   def vocabulary(self) -> Any:
     """The seqio vocabulary of the targets."""

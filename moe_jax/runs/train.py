@@ -4,7 +4,6 @@ import functools
 import json
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -95,14 +94,16 @@ def train(
 
     # ---- Compile ----------------------------------------------------------------------------------------------------
     update = jax.jit(
-      functools.partial(train_step, objective=objective, transform=program.transform, microbatches=microbatches, seed=seed),
+      functools.partial(
+        train_step, objective=objective, transform=program.transform, microbatches=microbatches, seed=seed
+      ),
       donate_argnums=0,
       out_shardings=(jax.tree.map(lambda x: x.sharding, program.state_spec), None),
     )
     evaluate = jax.jit(functools.partial(eval_step, objective=objective))
 
     def validate(state: TrainState) -> dict[str, Any]:
-      held_out = data.batches(program.mesh, 'validation', shuffle=False, num_epochs=1)
+      held_out = data.held_out(program.mesh)
       return with_bits_per_byte(averaged(evaluate(state, batch) for batch in take(held_out, eval_steps)))
 
     # ---- Train ------------------------------------------------------------------------------------------------------
@@ -186,21 +187,23 @@ def check_finite(step: int, values: Any, checkpointer: Checkpointer) -> None:
       checkpointer.close()
       saved = checkpointer.latest_step()
       safe = f'the checkpoint of step {saved} is whole' if saved is not None else 'nothing was saved yet'
-      raise ConfigError(f'The {name.replace("_", " ")} is {values[name]} at step {step}: stopped; {safe}. Lower the learning rate.')
+      raise ConfigError(
+        f'The {name.replace("_", " ")} is {values[name]} at step {step}: stopped; {safe}. Lower the learning rate.'
+      )
 
 
 def baselines(program: Program, data: Data, eval_steps: int) -> dict[str, float]:
   """What a byte-unigram model and `zlib -9` need for the bytes that validation measured."""
   vocabulary = data.vocabulary()
 
-  def text(split: str, **options: Any) -> bytes:
+  def text(batches: Iterator[Batch]) -> bytes:
     from moe_jax.data import bytes_of
 
-    targets = (batch['decoder_target_tokens'] for batch in take(data.batches(program.mesh, split, **options), eval_steps))
+    targets = (batch['decoder_target_tokens'] for batch in take(batches, eval_steps))
     return b''.join(bytes_of(np.asarray(rows), vocabulary) for rows in targets)
 
-  held_out = text('validation', shuffle=False, num_epochs=1)
+  held_out = text(data.held_out(program.mesh))
   return {
-    'unigram_bits_per_byte': compression.unigram_bits_per_byte(text('train'), held_out),
+    'unigram_bits_per_byte': compression.unigram_bits_per_byte(text(data.batches(program.mesh, 'train')), held_out),
     'zlib_bits_per_byte': compression.zlib_bits_per_byte(held_out),
   }

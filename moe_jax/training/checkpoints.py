@@ -83,7 +83,9 @@ class Checkpointer:
       items = ocp.args.Composite(state=ocp.args.PyTreeSave(_as_dict(state)), data=_SaveIterator(iterator))
       self._manager.save(step, args=items, force=True)
 
-  def restore(self, state_spec: TrainState, iterator: SavableIterator | None = None, step: int | None = None) -> TrainState:
+  def restore(
+    self, state_spec: TrainState, iterator: SavableIterator | None = None, step: int | None = None
+  ) -> TrainState:
     """Reads a state straight onto the devices its spec names, and moves the data iterator to where it stood.
 
     Args:
@@ -112,7 +114,7 @@ class Checkpointer:
         ' remove that folder to go on from the one before.'
       ) from error
     logging.info('Restored step %d from %s', step, self.directory)
-    return state_spec.replace(**restored['state'])
+    return dataclasses.replace(state_spec, **restored['state'])
 
   def _check_shapes(self, wanted: PyTree, step: int | None) -> None:
     metadata = self._manager.item_metadata(step)['state']
@@ -138,5 +140,7 @@ def _as_dict(state: TrainState) -> dict[str, PyTree]:
 def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
   leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, 'shape'))
   return {
-    jax.tree_util.keystr(path, simple=True, separator='/'): tuple(leaf.shape) for path, leaf in leaves if hasattr(leaf, 'shape')
+    jax.tree_util.keystr(path, simple=True, separator='/'): tuple(leaf.shape)
+    for path, leaf in leaves
+    if hasattr(leaf, 'shape')
   }

@@ -27,7 +27,7 @@ def averaged(batches: Iterable[Metrics]) -> Values:
 
 
 def with_bits_per_byte(values: Mapping[str, Any]) -> dict[str, Any]:
-  """Adds the cross-entropy in bits per byte of target text, where the vocabulary tells bytes: comparable across tokenizers."""
+  """Adds the cross-entropy in bits per byte of target text, comparable across vocabularies, where these tell bytes."""
   if not values.get('target_bytes'):
     return dict(values)
   nats = float(values['cross_entropy']) * float(values['target_tokens'])
@@ -53,7 +53,7 @@ class MetricsLog:
       self._file = path.open('a')
 
   def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
-    """Logs one step. Arrays, such as the load of each expert, go whole to the JSON line and by their mean to TensorBoard."""
+    """Logs one step. Arrays, such as the load of each expert, go whole to JSON and by their mean to TensorBoard."""
     arrays = {key: np.asarray(value, np.float64) for key, value in values.items()}
     self._writer.write_scalars(step, {f'{split}/{key}': float(value.mean()) for key, value in arrays.items()})
     if self._file:
@@ -64,7 +64,9 @@ class MetricsLog:
   def __enter__(self) -> Self:
     return self
 
-  def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+  def __exit__(
+    self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+  ) -> None:
     self._writer.close()
     if self._file:
       self._file.close()

@@ -20,8 +20,8 @@ SEPARATE_AXES = ('layers', 'expert')  # each index of these holds a matrix of it
 def inverse_sqrt(peak: float = 0.01, warmup_steps: int = 10_000, linear_warmup: bool = False) -> Schedule:
   """T5's schedule: `peak` for the first steps, then falling as 1/sqrt(step).
 
-  peak * sqrt(warmup / max(step, warmup)); with the defaults this is 1/sqrt(max(step, 10^4)) (Raffel et al. 2020, GLaM). With
-  `linear_warmup` the first steps rise linearly instead (as ST-MoE words it).
+  peak * sqrt(warmup / max(step, warmup)); with the defaults this is 1/sqrt(max(step, 10^4)) (Raffel et al. 2020, GLaM).
+  With `linear_warmup` the first steps rise linearly instead (as ST-MoE words it).
   """
 
   def schedule(step: Array) -> Array:
@@ -89,8 +89,8 @@ def _is_names(x: Any) -> bool:
 def each_matrix(transform: optax.GradientTransformation, axes: PyTree) -> optax.GradientTransformation:
   """Maps a transformation that treats every array by itself over the leading 'layers' and 'expert' axes of each.
 
-  Statistics of a stacked [layers, experts, M, F] array are then those of its matrices: factored over M and F whatever the
-  number of experts, and clipped one by one (T5X's MoE rules do the same by hand).
+  Statistics of a stacked [layers, experts, M, F] array are then those of its matrices: factored over M and F whatever
+  the number of experts, and clipped one by one (T5X's MoE rules do the same by hand).
 
   Args:
     transform: from optax; its state may hold scalars (shared) and arrays shaped after the parameter.
@@ -98,7 +98,9 @@ def each_matrix(transform: optax.GradientTransformation, axes: PyTree) -> optax.
   """
   levels = jax.tree.map(lambda names: sum(name in SEPARATE_AXES for name in names), axes, is_leaf=_is_names)
 
-  def mapped_axes(param: Array, level: int) -> PyTree:  # 0 for the arrays of one parameter's state, None for its scalars
+  def mapped_axes(
+    param: Array, level: int
+  ) -> PyTree:  # 0 for the arrays of one parameter's state, None for its scalars
     state = jax.eval_shape(transform.init, jax.ShapeDtypeStruct(param.shape[level:], param.dtype))
     return jax.tree.map(lambda x: 0 if x.ndim else None, state)
 
@@ -118,7 +120,7 @@ def each_matrix(transform: optax.GradientTransformation, axes: PyTree) -> optax.
       state_axes = mapped_axes(param, level)
       return mapped(transform.update, level, (0, state_axes, 0), (0, state_axes))(gradient, state, param)
 
-    leaves, treedef = jax.tree.flatten(updates)
+    leaves, treedef = jax.tree.flatten(updates)  # type: Any, Any
     others = (treedef.flatten_up_to(tree) for tree in (state, params, levels))
     results = [one(*args) for args in zip(leaves, *others, strict=True)]
     return treedef.unflatten([u for u, _ in results]), treedef.unflatten([s for _, s in results])

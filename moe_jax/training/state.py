@@ -16,7 +16,7 @@ from moe_jax.objectives import Objective
 from moe_jax.types import Array, ConfigError
 
 PyTree = Any
-# An optimizer is told the logical axis names of each parameter, since some treat layers and experts as separate matrices.
+# An optimizer is told the logical axis names of each parameter: some treat layers and experts as separate matrices.
 OptimizerFactory = Callable[[PyTree], optax.GradientTransformation]
 
 
@@ -69,7 +69,7 @@ def init_state(
   Raises:
     ConfigError: if an array does not divide over its mesh axes.
   """
-  shapes, names = abstract_variables(objective, batch_spec)
+  _, names = abstract_variables(objective, batch_spec)
   transform = optimizer(names['params'])
 
   def init() -> TrainState:
@@ -81,8 +81,8 @@ def init_state(
 
   abstract = jax.eval_shape(init)
   param_shardings = _shardings(abstract.params, names['params'], mesh)
-  shardings = TrainState(
-    step=NamedSharding(mesh, PartitionSpec()),
+  shardings: Any = TrainState(
+    step=NamedSharding(mesh, PartitionSpec()),  # type: ignore[arg-type]  # a state of shardings
     params=param_shardings,
     opt_state=_follow_params(abstract.opt_state, abstract.params, param_shardings, mesh),
     variables=_shardings(abstract.variables, {k: v for k, v in names.items() if k != 'params'}, mesh),
@@ -112,13 +112,18 @@ def _explain(path: str, shape: tuple[int, ...], axes: Names, placed: NamedShardi
     if size % ways:
       on = ' x '.join(mesh_axes)
       what = f'NUM_EXPERTS={size}' if axis == 'expert' else f'The {axis!r} axis of {path}, {size} wide,'
-      raise ConfigError(f'{what} does not divide over the mesh axis {on} of {ways}: use a multiple of {ways}, or change MESH.')
+      raise ConfigError(
+        f'{what} does not divide over the mesh axis {on} of {ways}: use a multiple of {ways}, or change MESH.'
+      )
 
 
 def _follow_params(opt_state: PyTree, params: PyTree, param_shardings: PyTree, mesh: Mesh) -> PyTree:
   """Optimizer state lives where its parameter does; a factored second moment has lost one of the parameter's axes."""
   leaves = jax.tree_util.tree_leaves_with_path(params)
-  table = {path: (leaf.shape, placed.spec) for (path, leaf), placed in zip(leaves, jax.tree.leaves(param_shardings), strict=True)}
+  table = {
+    path: (leaf.shape, placed.spec)
+    for (path, leaf), placed in zip(leaves, jax.tree.leaves(param_shardings), strict=True)
+  }
 
   def place(path: Any, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
     # Somewhere along the path to a piece of optimizer state lies the path of its parameter.

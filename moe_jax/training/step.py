@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from moe_jax.objectives import Objective, split_microbatches
+from moe_jax.batch import split_microbatches
+from moe_jax.objectives import Objective
 from moe_jax.training.state import TrainState
 from moe_jax.types import Array, Batch, Metrics
 

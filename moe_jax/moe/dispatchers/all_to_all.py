@@ -23,7 +23,7 @@ def all_to_all(experts: ExpertBank, tokens: Array, plan: RoutingPlan) -> Array:
   def local(weights: Weights, tokens: Array, plan: RoutingPlan) -> Array:
     return _journey(weights, tokens, plan, experts, expert_axis, hidden_axis)
 
-  # Weights that are split along 'embed' (FSDP) are gathered on the way in, and their gradients scattered on the way out.
+  # Weights split along 'embed' (FSDP) are gathered on the way in, and their gradients scattered on the way out.
   weight_specs = {
     name: spec(*(None if axis == 'embed' else axis for axis in names)) for name, names in experts.axes.items()
   }

@@ -1,4 +1,4 @@
-"""One-hot dispatch: two einsums around the experts, sharding left to the compiler (GShard, Lepikhin et al. 2020, alg. 2).
+"""One-hot dispatch: two einsums around the experts, sharding left to the compiler (GShard, Lepikhin 2020, alg. 2).
 
 Costs 4 S C E M / (E C) = 4 S M FLOPs per slot besides the experts, so groups should be small beside the expert's hidden
 width. All-to-alls are *induced*: the buffers are pinned before and after the exchange. Without both pins the compiler

@@ -33,8 +33,8 @@ class Router(nn.Module):
   Attributes:
     num_experts: E, given by the layer.
     capacity_factor: slots per expert in training are this times S / E, as GShard, Switch, ST-MoE and GLaM count it.
-    eval_capacity_factor: the same outside training. None makes room for the worst case, so that no token is ever dropped
-      for the sake of another and results do not depend on what else is in the batch.
+    eval_capacity_factor: the same outside training. None makes room for the worst case, so that no token is ever
+      dropped for the sake of another and results do not depend on what else is in the batch.
   """
 
   num_experts: int

@@ -40,7 +40,7 @@ class TopKRouter(Router):
     super().__post_init__()
     if not 1 <= self.num_selected <= self.num_experts:
       raise ConfigError(
-        f'A token cannot pick {self.num_selected} of {self.num_experts} experts: raise NUM_EXPERTS, or lower num_selected.'
+        f'A token cannot pick {self.num_selected} of {self.num_experts} experts: raise NUM_EXPERTS or lower k.'
       )
     if self.num_selected == 1 and self.gates == 'renormalised':
       raise ConfigError("A renormalised top-1 gate is always 1 and teaches the router nothing: set gates = 'raw'.")
@@ -48,8 +48,9 @@ class TopKRouter(Router):
   @nn.compact
   def __call__(self, tokens: Array, context: RoutingContext) -> tuple[RoutingPlan, Aux]:
     if self.jitter and context.train:
-      low, high = 1 - self.jitter, 1 + self.jitter
-      tokens *= jax.random.uniform(self.make_rng('router'), tokens.shape, tokens.dtype, low, high)
+      # In float32 like all of the router: between 0.99 and 1.01 bfloat16 has five values, and their mean is not 1.
+      noise = jax.random.uniform(self.make_rng('router'), tokens.shape, jnp.float32, 1 - self.jitter, 1 + self.jitter)
+      tokens = tokens.astype(jnp.float32) * noise
     logits = self.logits(tokens)
     probs = jax.nn.softmax(logits, axis=-1)
     gates, expert_index = jax.lax.top_k(probs, self.num_selected)

@@ -1,0 +1,60 @@
+"""Evaluation: the objective's metrics of a run's newest checkpoint, or of every one, on a split of its task."""
+
+import functools
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from moe_jax.objectives import LanguageModeling
+from moe_jax.runs.infer import restore, trained
+from moe_jax.runs.setup import Data, Devices
+from moe_jax.runs.train import describe_loss, say
+from moe_jax.training.metrics import averaged, with_bits_per_byte
+from moe_jax.training.step import eval_step
+
+
+def evaluate(
+  model_dir: str,
+  objective: LanguageModeling,
+  data: Data,
+  devices: Devices,
+  eval_steps: int | None = None,
+  split: str = 'validation',
+  all_checkpoints: bool = False,
+) -> list[dict[str, Any]]:
+  """Measures checkpoints, and adds one object each to evaluation.jsonl in `model_dir`; optimizer state is not read.
+
+  Args:
+    model_dir: where the run lives.
+    objective: model and loss.
+    data: the task.
+    devices: where to run.
+    eval_steps: batches; None for all of the split.
+    split: of the task.
+    all_checkpoints: the older ones too, oldest first.
+
+  Returns:
+    What was written: step, split, and metrics by name.
+
+  Raises:
+    ConfigError: if there is no checkpoint, or the task has no such split.
+  """
+  program, checkpointer = trained(model_dir, objective, data, devices)
+  measure = jax.jit(functools.partial(eval_step, objective=data.tell_bytes(objective)))
+  results = []
+  with program.activate():
+    for step in checkpointer.all_steps()[0 if all_checkpoints else -1 :]:
+      state = restore(program, checkpointer, step)
+      batches = data.batches(program.mesh, split, shuffle=False, num_epochs=1)
+      values = with_bits_per_byte(averaged(measure(state, batch) for batch in itertools.islice(batches, eval_steps)))
+      result = {'step': step, 'split': split, **{name: np.asarray(value).tolist() for name, value in values.items()}}
+      results.append(result)
+      say(f'step {step}: {split} {describe_loss(values)}, accuracy {float(values["accuracy"]):.3f}')
+      if jax.process_index() == 0:
+        with (Path(model_dir).expanduser() / 'evaluation.jsonl').open('a') as file:
+          file.write(json.dumps(result) + '\n')
+  return results

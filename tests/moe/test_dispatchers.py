@@ -1,0 +1,139 @@
+"""Every dispatcher carries every plan alike, and says so in the right collectives."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax import sharding
+from moe_jax.layers.context import Context
+from moe_jax.moe.dispatchers.all_to_all import all_to_all
+from moe_jax.moe.dispatchers.einsum import einsum
+from moe_jax.moe.experts import ExpertBank, Experts, expert_mlp
+from moe_jax.moe.moe_layer import MoELayer
+from moe_jax.moe.routers.top_k import TopKRouter
+from moe_jax.moe.routing_plan import RoutingPlan, assign_slots
+
+DISPATCHERS = {'einsum': einsum, 'all_to_all': all_to_all}
+G, S, M, E, F, K, C = 8, 6, 12, 4, 10, 2, 2
+AXES = {'wi': ('expert', 'embed', None, 'expert_mlp'), 'wo': ('expert', 'expert_mlp', 'embed')}
+
+
+@pytest.fixture(scope='module')
+def journey():
+  """Weights, tokens, and a plan that drops some of them."""
+  rng = np.random.default_rng(0)
+  weights = {'wi': rng.normal(0, 0.5, (E, M, 2, F)), 'wo': rng.normal(0, 0.5, (E, F, M))}
+  expert_index = np.argsort(rng.random((G, S, E)))[..., :K].astype(np.int32)
+  slots = np.asarray(assign_slots(jnp.asarray(expert_index), E, jnp.asarray(rng.random((G, S)) < 0.8)))
+  gates = np.where(slots < C, rng.random((G, S, K)), 0).astype(np.float32)
+  as_float32 = functools.partial(np.asarray, dtype=np.float32)
+  plan = RoutingPlan(expert_index, slots, gates, E, C)
+  return jax.tree.map(as_float32, weights), as_float32(rng.normal(0, 1, (G, S, M))), plan
+
+
+def carry(dispatcher, weights, tokens, plan):
+  return dispatcher(ExpertBank(lambda w, slots: expert_mlp(w, slots, ('gelu', 'linear')), weights, AXES), tokens, plan)
+
+
+def everywhere(weights, tokens, plan):
+  """Every expert on every token, weighed by the choices that were kept: no slots, no buffers."""
+  chosen = jax.nn.one_hot(plan.expert_index, E) * jnp.where(plan.kept, plan.combine_weight, 0)[..., None]
+  answers = expert_mlp(weights, jnp.broadcast_to(tokens[:, None], (G, E, S, M)), ('gelu', 'linear'))
+  return jnp.einsum('gske,gesm->gsm', chosen, answers)
+
+
+def outcome(carry, weights, tokens, plan):
+  """Outputs, and gradients to weights, tokens and gates."""
+
+  def loss(weights, tokens, gates):
+    y = carry(weights, tokens, plan.replace(combine_weight=gates))
+    return jnp.sum(jnp.sin(y)), y
+
+  gradient = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
+  (_, y), (to_weights, to_tokens, to_gates) = jax.jit(gradient)(weights, tokens, plan.combine_weight)
+  return jax.device_get((y, to_weights, to_tokens, to_gates))
+
+
+@pytest.fixture(scope='module')
+def expected(journey):
+  kept = journey[2].kept
+  assert np.any(np.all(kept, -1)) and np.any(~np.any(kept, -1)) and np.any(np.sum(kept, -1) == 1)
+  return outcome(everywhere, *journey)
+
+
+@pytest.mark.parametrize('shape', [None, (1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize('name', DISPATCHERS)
+def test_tokens_go_where_the_plan_says(name, shape, journey, expected, mesh):
+  run = functools.partial(outcome, functools.partial(carry, DISPATCHERS[name]), *journey)
+  if shape is None:
+    actual = run()
+  else:
+    with sharding.activate(mesh(*shape), sharding.replicated_rules()):
+      actual = run()
+  assert np.all(actual[0][~np.any(journey[2].kept, axis=-1)] == 0)
+  for mine, its in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(mine, its, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', DISPATCHERS)
+def test_bfloat16_stays(name, journey, expected, mesh):
+  weights, tokens, plan = jax.tree.map(lambda x: x.astype('bfloat16') if x.dtype == 'float32' else x, journey)
+  plan = plan.replace(combine_weight=journey[2].combine_weight)
+  with sharding.activate(mesh(2, 2, 2), sharding.replicated_rules()):
+    y = jax.jit(functools.partial(carry, DISPATCHERS[name]))(weights, tokens, plan)
+  assert y.dtype == 'bfloat16'
+  error = np.linalg.norm(np.asarray(y, 'float32') - expected[0]) / np.linalg.norm(expected[0])
+  assert error < 0.02
+
+
+def collectives(dispatcher, mesh, backward):
+  """[(kind, shape)] of the collectives in the compiled expert layer; its sizes are all different."""
+  batch, length, width, experts, hidden = 16, 16, 24, 8, 20
+  layer = MoELayer(
+    num_experts=experts,
+    group_size=2 * length,
+    router=functools.partial(TopKRouter, capacity_factor=1.0),
+    experts=functools.partial(Experts, hidden_dim=hidden),
+    dispatcher=dispatcher,
+  )
+
+  def output(params, x):
+    ones = jnp.ones((batch, length), jnp.int32)
+    return layer.apply({'params': params}, x, Context(ones, ones, jnp.float32(ones.size), train=True))[0]
+
+  def gradients(params, x):
+    return jax.grad(lambda *args: jnp.sum(jnp.sin(output(*args))), argnums=(0, 1))(params, x)
+
+  def struct(shape, *names):
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.named_sharding(mesh, *names))
+
+  with sharding.activate(mesh, sharding.replicated_rules()):
+    params = {
+      'router': {'kernel': struct((width, experts), 'embed', None)},
+      'experts': {
+        'wi': struct((experts, width, 2, hidden), *AXES['wi']),
+        'wo': struct((experts, hidden, width), *AXES['wo']),
+      },
+    }
+    x = struct((batch, length, width), 'batch', None, None)
+    layout = jax.tree.map(lambda s: s.sharding, (params, x))
+    function, out = (gradients, layout) if backward else (output, layout[1])
+    text = jax.jit(function, out_shardings=out).lower(params, x).compile().as_text()
+  found = re.findall(r'= \(?\w+\[([\d,]*)\].*? (all-[a-z-]+|reduce-scatter|collective-permute)(?:-start)?\(', text)
+  return [(kind, tuple(map(int, shape.split(',')))) for shape, kind in found if shape]
+
+
+@pytest.mark.parametrize('backward', [False, True], ids=['forward', 'backward'])
+@pytest.mark.parametrize('name', DISPATCHERS)
+def test_collectives(name, backward, mesh):
+  found = collectives(DISPATCHERS[name], mesh(data=2, expert=4), backward)
+  kinds = [kind for kind, _ in found]
+  assert kinds.count('all-to-all') == (4 if backward else 2), found  # out and home, and the same way back
+  assert set(kinds) <= {'all-to-all', 'all-gather', 'all-reduce'}, found
+  # No tokens, buffers or weights are gathered. (XLA's top-k of a CPU gathers the router's probabilities [G, S, E]; that of
+  # a TPU is a sort and does not.)
+  assert {shape for kind, shape in found if kind == 'all-gather'} <= {(8, 32, 8)}, found
