@@ -10,6 +10,7 @@ import inspect
 import os
 import re
 import sys
+from collections.abc import Iterable
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
@@ -64,10 +65,21 @@ def parse_gin(mode: str, files: list[str], bindings: list[str], search_paths: li
     gin.parse_config(bindings)
     gin.finalize()
   except OSError as error:
-    raise ConfigError(f'{first_line(error)} Gin files are searched in {search_paths}.') from error
+    raise ConfigError(f'{first_line(error)} (gin files are searched in {", ".join(search_paths)}).') from error
+  except (ValueError, SyntaxError) as error:
+    raise ConfigError(_explain(error)) from error
 
 
-def _nearest(name: str, known: set[str]) -> str:
+def _explain(error: Exception) -> str:
+  """Gin's complaint in one line, with the nearest name where a parameter is misspelt."""
+  message = first_line(error)
+  if match := re.search(r"Configurable '(\S+)' doesn't have a parameter named '(\w+)'", message):
+    names = inspect.signature(gin.get_configurable(match[1])).parameters
+    return f'{match[1]} has no parameter {match[2]!r}{_nearest(match[2], names)}'
+  return message
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
   near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
   return f': did you mean {near[0]}?' if near else '.'
 

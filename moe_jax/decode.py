@@ -44,11 +44,7 @@ class Hypotheses:
 
 
 class Strategy(Protocol):
-  """How hypotheses grow.
-
-  Attributes:
-    width: W.
-  """
+  """How texts grow. `width` is W."""
 
   @property
   def width(self) -> int: ...
@@ -209,13 +205,13 @@ class Beam:
   def extend(self, texts: Hypotheses, log_probs: Array, key: Array, eos_id: int) -> Hypotheses:
     """See `Strategy`."""
     rows, _, vocab = log_probs.shape
-    # Each beam ends in one way only, so that of 2 W candidates at least W go on.
+    # Each beam ends in one way only, so that of 2 W candidates at least W go on. To end, one must be among the W best.
     totals, index = jax.lax.top_k((texts.scores[..., None] + log_probs).reshape(rows, -1), 2 * self.width)
     parent, token = index // vocab, index % vocab
     tokens = _pick(texts.tokens, parent).at[:, :, texts.step].set(token)
     step, ends = texts.step + 1, token == eos_id
 
-    ended = jnp.where(ends, totals / self.penalty(step), -jnp.inf)
+    ended = jnp.where(ends & (jnp.arange(2 * self.width) < self.width)[None, :], totals / self.penalty(step), -jnp.inf)
     ended_tokens, ended_scores = self._best(texts.ended_tokens, texts.ended_scores, tokens, ended)
     scores, order = jax.lax.top_k(jnp.where(ends, -jnp.inf, totals), self.width)
     # What the likeliest beam scores if it loses nothing up to N: below the worst that has ended, the row is done.

@@ -65,7 +65,7 @@ def mesh_shape(wish: Mapping[str, int], num_devices: int, num_experts: int = 0) 
   if any(size < 1 and not (size == -1 and axis != 'model') for axis, size in shape.items()):
     raise ConfigError(f'MESH sizes are positive, or -1 on data or expert for "what fits", not {dict(wish)}.')
   if shape['expert'] == -1:
-    free = num_devices // math.prod(size for size in shape.values() if size > 0)
+    free = max(1, num_devices // math.prod(size for size in shape.values() if size > 0))
     shape['expert'] = math.gcd(free, num_experts) if num_experts else 1
   if shape['data'] == -1:
     shape['data'] = max(1, num_devices // (shape['expert'] * shape['model']))

@@ -112,12 +112,12 @@ class CrossAttention(_Attention):
     kv_heads = self.num_kv_heads or self.num_heads
     query = self.project('query', x, self.num_heads)
 
-    if context.encoded is None or context.encoded_segment_ids is None:
+    if context.encoded_segment_ids is None:
       raise ConfigError('Cross-attention needs an encoder: this model has none.')
-    source = context.encoded
 
     def encoded(name: str) -> Array:
-      return self.project(name, source, kv_heads)
+      assert context.encoded is not None  # it is left out once the cache has what is needed of it
+      return self.project(name, context.encoded, kv_heads)
 
     if context.cache_length:
       key = self.stored('encoded_key', lambda: encoded('key'), 'batch', None, 'heads', None).value

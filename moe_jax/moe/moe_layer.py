@@ -43,8 +43,8 @@ def rows_per_group(batch: int, length: int, group_size: int, decoding: bool) -> 
   if group_size < length:
     if group_size < 1 or length % group_size:
       fits = [size for size in range(1, length + 1) if length % size == 0]
-      nearest = {max((s for s in fits if s < group_size), default=1), min(s for s in fits if s > group_size)}
-      would = ' and '.join(map(str, sorted(nearest)))
+      around = {max((s for s in fits if s < group_size), default=1), min(s for s in fits if s > group_size)}
+      would = ' and '.join(map(str, sorted(around)))
       raise ConfigError(f'GROUP_SIZE={group_size} does not divide sequences of {length}: {would} would.')
     return None
   rows = group_size // length

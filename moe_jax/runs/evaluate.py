@@ -46,11 +46,11 @@ def evaluate(
   program, checkpointer = trained(model_dir, objective, data, devices)
   measure = jax.jit(functools.partial(eval_step, objective=data.tell_bytes(objective)))
   results = []
-  with program.activate():
+  with program.activate(), checkpointer:
     for step in checkpointer.all_steps()[0 if all_checkpoints else -1 :]:
       state = restore(program, checkpointer, step)
-      batches = data.batches(program.mesh, split, shuffle=False, num_epochs=1)
-      values = with_bits_per_byte(averaged(measure(state, batch) for batch in itertools.islice(batches, eval_steps)))
+      batches = itertools.islice(data.held_out(program.mesh, split), eval_steps)
+      values = with_bits_per_byte(averaged(measure(state, batch) for batch in batches))
       result = {'step': step, 'split': split, **{name: np.asarray(value).tolist() for name, value in values.items()}}
       results.append(result)
       say(f'step {step}: {split} {describe_loss(values)}, accuracy {float(values["accuracy"]):.3f}')

@@ -73,7 +73,7 @@ def infer(
   program, checkpointer = trained(model_dir, objective, data, devices)
   vocabulary = data.vocabulary()
   path = Path(output or Path(model_dir) / 'inference.jsonl').expanduser()
-  with program.activate():
+  with program.activate(), checkpointer:
     state = restore(program, checkpointer, step)
     given = [example_of(text, data) for text in prompts or ()]
     examples = given or list(itertools.islice(task_examples(program, data, split), num_examples))
@@ -100,12 +100,24 @@ def continue_text(
   seed: int = 0,
 ) -> str:
   """What the model writes after a prompt, or as its output where it has an encoder."""
+  return continue_example(program, variables, data, example_of(prompt, data), strategy, max_new_tokens, seed)
+
+
+def continue_example(
+  program: Program,
+  variables: Variables,
+  data: Data,
+  example: Example,
+  strategy: Strategy,
+  max_new_tokens: int,
+  seed: int = 0,
+) -> str:
+  """As `continue_text`, of tokens that text may not tell, such as sentinels."""
   from moe_jax.data import text_of
 
   with program.activate():
-    tokens = example_of(prompt, data).tokens
-    ((written, _),) = generate(program, variables, data, [tokens], strategy, max_new_tokens, seed)
-  return text_of(written.tolist(), data.vocabulary())
+    ((tokens, _),) = generate(program, variables, data, [example.tokens], strategy, max_new_tokens, seed)
+  return text_of(tokens.tolist(), data.vocabulary())
 
 
 def trained(model_dir: str, objective: Objective, data: Data, devices: Devices) -> tuple[Program, Checkpointer]:

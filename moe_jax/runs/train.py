@@ -4,14 +4,16 @@ import functools
 import json
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 
 from moe_jax.analysis import compression
 from moe_jax.analysis.parameters import bytes_per_device, count_parameters
+from moe_jax.decode import Strategy
 from moe_jax.objectives import LanguageModeling
+from moe_jax.runs import infer
 from moe_jax.runs.progress import Progress
 from moe_jax.runs.report import report
 from moe_jax.runs.setup import Data, Devices, Program, build, open_model_dir
@@ -20,9 +22,6 @@ from moe_jax.training.metrics import MetricsLog, averaged, with_bits_per_byte
 from moe_jax.training.state import OptimizerFactory, TrainState
 from moe_jax.training.step import eval_step, train_step
 from moe_jax.types import Batch, ConfigError
-
-if TYPE_CHECKING:
-  from moe_jax.runs.sampling import Sampler
 
 
 def train(
@@ -39,8 +38,8 @@ def train(
   checkpoints_to_keep: int = 2,
   microbatches: int = 1,
   seed: int = 0,
-  sampler: 'Sampler | None' = None,
-  sample_bytes: int = 0,
+  strategy: Strategy | None = None,
+  max_new_tokens: int = 128,
   dry_run: bool = False,
   config: str = '',
 ) -> dict[str, Any]:
@@ -58,8 +57,8 @@ def train(
     checkpoints_to_keep: the newest so many.
     microbatches: pieces of each batch, to save memory.
     seed: of weights, dropout and jitter; `data` has its own.
-    sampler: continues a validation text at the end; None does not.
-    sample_bytes: how much of that text the sampler is given.
+    strategy: how to go on from a validation text at the end, to show what was learnt; None does not.
+    max_new_tokens: how far.
     dry_run: builds everything, says how large it is, and stops.
     config: the operative configuration, kept beside the results.
 
@@ -81,10 +80,9 @@ def train(
   (folder / 'config.gin').write_text(config)
   objective = data.tell_bytes(objective)
 
-  with program.activate():
+  with program.activate(), Checkpointer(folder, keep=checkpoints_to_keep) as checkpointer:
     # ---- Begin, or go on --------------------------------------------------------------------------------------------
     batches = data.batches(program.mesh, 'train')
-    checkpointer = Checkpointer(folder, keep=checkpoints_to_keep)
     if checkpointer.latest_step() is None:
       state = program.make_state()
     else:
@@ -134,15 +132,18 @@ def train(
         if step % checkpoint_period == 0 or last:
           checkpointer.save(state, batches)
           logged = time.perf_counter()
-    checkpointer.close()
     summary['train_seconds'] = time.perf_counter() - started
+    if first >= train_steps:
+      say(f'Nothing left to train: TRAIN_STEPS={train_steps} and the run is at step {first}.')
+      summary['validation_bits_per_byte'] = validate(state).get('bits_per_byte')
 
     # ---- Tell -------------------------------------------------------------------------------------------------------
     summary |= baselines(program, data, eval_steps)
-    if sampler:
-      summary['sample'] = sampler.continue_text(state, program, data, sample_bytes)
+    if strategy:
+      summary['sample'] = sample(program, infer.variables_of(state), data, strategy, max_new_tokens)
   (folder / 'summary.json').write_text(json.dumps(summary, indent=2))
   summary['report'] = str(report([str(folder)]))
+  say_results(summary)
   return summary
 
 
@@ -180,11 +181,23 @@ def describe_loss(values: dict[str, Any]) -> str:
   return f'cross-entropy {float(values["cross_entropy"]):.3f} nats per token'
 
 
+def say_results(summary: dict[str, Any]) -> None:
+  """The end of the story, for a person."""
+  if summary.get('validation_bits_per_byte'):
+    say('\nvalidation, in bits per byte')
+    for name, key in [('this model', 'validation'), ('zlib -9', 'zlib'), ('byte unigrams', 'unigram')]:
+      say(f'  {summary[f"{key}_bits_per_byte"]:6.3f}  {name}')
+  if 'sample' in summary:
+    say(f'\na text it has not seen\n{summary["sample"]["prompt"]}')
+    say(f'\n... and how it goes on\n{summary["sample"]["continuation"]}')
+  say(f'\nreport: {summary["report"]}')
+
+
 def check_finite(step: int, values: Any, checkpointer: Checkpointer) -> None:
   """Stops a run whose loss or gradient is no longer a number, before that is saved."""
   for name in ('loss', 'gradient_norm'):
     if not np.isfinite(values[name]):
-      checkpointer.close()
+      checkpointer.wait()
       saved = checkpointer.latest_step()
       safe = f'the checkpoint of step {saved} is whole' if saved is not None else 'nothing was saved yet'
       raise ConfigError(
@@ -207,3 +220,10 @@ def baselines(program: Program, data: Data, eval_steps: int) -> dict[str, float]
     'unigram_bits_per_byte': compression.unigram_bits_per_byte(text(data.batches(program.mesh, 'train')), held_out),
     'zlib_bits_per_byte': compression.zlib_bits_per_byte(held_out),
   }
+
+
+def sample(program: Program, variables: Any, data: Data, strategy: Strategy, max_new_tokens: int) -> dict[str, str]:
+  """A text that was held out, and how the model goes on from it."""
+  example = next(infer.task_examples(program, data, 'validation'))
+  written = infer.continue_text(program, variables, data, example.text, strategy, max_new_tokens)
+  return {'prompt': example.text, 'continuation': written}

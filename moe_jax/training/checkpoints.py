@@ -3,7 +3,8 @@
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from types import TracebackType
+from typing import Any, Protocol, Self
 
 import jax
 import orbax.checkpoint as ocp
@@ -127,10 +128,20 @@ class Checkpointer:
           ' Use its configuration (config.gin beside it), or another MODEL_DIR.'
         )
 
-  def close(self) -> None:
+  def wait(self) -> None:
     """Waits until what was being saved is whole."""
     self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits, and lets go of the folder."""
+    self.wait()
     self._manager.close()
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    self.close()
 
 
 def _as_dict(state: TrainState) -> dict[str, PyTree]:

@@ -84,7 +84,7 @@ def init_state(
   shardings: Any = TrainState(
     step=NamedSharding(mesh, PartitionSpec()),  # type: ignore[arg-type]  # a state of shardings
     params=param_shardings,
-    opt_state=_follow_params(abstract.opt_state, abstract.params, param_shardings, mesh),
+    opt_state=follow_params(abstract.opt_state, abstract.params, param_shardings, mesh),
     variables=_shardings(abstract.variables, {k: v for k, v in names.items() if k != 'params'}, mesh),
   )
   state_spec = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
@@ -117,7 +117,7 @@ def _explain(path: str, shape: tuple[int, ...], axes: Names, placed: NamedShardi
       )
 
 
-def _follow_params(opt_state: PyTree, params: PyTree, param_shardings: PyTree, mesh: Mesh) -> PyTree:
+def follow_params(opt_state: PyTree, params: PyTree, param_shardings: PyTree, mesh: Mesh) -> PyTree:
   """Optimizer state lives where its parameter does; a factored second moment has lost one of the parameter's axes."""
   leaves = jax.tree_util.tree_leaves_with_path(params)
   table = {

@@ -134,6 +134,6 @@ def test_collectives(name, backward, mesh):
   kinds = [kind for kind, _ in found]
   assert kinds.count('all-to-all') == (4 if backward else 2), found  # out and home, and the same way back
   assert set(kinds) <= {'all-to-all', 'all-gather', 'all-reduce'}, found
-  # No tokens, buffers or weights are gathered. (XLA's top-k of a CPU gathers the router's probabilities [G, S, E]; that of
-  # a TPU is a sort and does not.)
+  # No tokens, buffers or weights are gathered. (XLA's top-k for CPUs gathers the router's probabilities [G, S, E]; its
+  # top-k for TPUs is a sort, and does not.)
   assert {shape for kind, shape in found if kind == 'all-gather'} <= {(8, 32, 8)}, found

@@ -1,4 +1,4 @@
-"""Router losses and metrics against their equations in NumPy, and what padding, groups and microbatches may not change."""
+"""Router losses and metrics against their equations; what padding, groups and microbatches may not change."""
 
 from typing import NamedTuple
 
@@ -116,16 +116,18 @@ def test_balance_is_one_when_balanced_and_e_when_collapsed(choices):
   valid, count = jnp.ones((G, E), bool), G * E
   uniform = jnp.full((G, E, E), 1 / E)
   in_turn = jnp.tile(jnp.arange(E)[:, None], (G, 1, 1)) + jnp.arange(choices)[None, None, :]
-  assert router_losses.load_balance_loss(uniform, in_turn % E, valid, count) == pytest.approx(1)
+  balance = jax.jit(router_losses.load_balance_loss)
+  assert balance(uniform, in_turn % E, valid, count) == pytest.approx(1)
   collapsed = jnp.zeros((G, E, choices), jnp.int32)
   certain = jax.nn.one_hot(jnp.zeros((G, E), int), E)
-  assert router_losses.load_balance_loss(certain, collapsed, valid, count) == pytest.approx(E)
+  assert balance(certain, collapsed, valid, count) == pytest.approx(E)
 
 
 def test_balance_of_each_group_counts_and_not_that_of_their_mean():
   """Two groups that collapse onto different experts are no balanced whole."""
   expert = jnp.repeat(jnp.arange(2), S).reshape(2, S)
-  loss = router_losses.load_balance_loss(jax.nn.one_hot(expert, 2), expert[..., None], jnp.ones((2, S), bool), 2 * S)
+  balance = jax.jit(router_losses.load_balance_loss)
+  loss = balance(jax.nn.one_hot(expert, 2), expert[..., None], jnp.ones((2, S), bool), 2 * S)
   assert loss == pytest.approx(2)
 
 
@@ -138,24 +140,26 @@ def test_balance_learns_through_the_probabilities_alone(routing):
     return router_losses.load_balance_loss(probs, jax.lax.top_k(probs, 1)[1], r.valid, count)
 
   choices = r.expert_index[..., :1]
-  gradient = jax.grad(router_losses.load_balance_loss)(jnp.asarray(r.probs), choices, r.valid, count)
+  gradient = jax.jit(jax.grad(router_losses.load_balance_loss))(jnp.asarray(r.probs), choices, r.valid, count)
   f = np.stack([np.sum((choices[..., 0] == i) & r.valid, axis=1) for i in range(E)], -1)
   f = f / np.maximum(r.valid.sum(1, keepdims=True), 1)
   expected = np.where(r.valid[..., None], E * f[:, None, :] / count, 0)
   np.testing.assert_allclose(gradient, expected, rtol=1e-6)
   through_softmax = r.probs * (expected - np.sum(expected * r.probs, axis=-1, keepdims=True))
-  np.testing.assert_allclose(jax.grad(loss)(r.logits), through_softmax, rtol=1e-4, atol=1e-8)
+  np.testing.assert_allclose(jax.jit(jax.grad(loss))(r.logits), through_softmax, rtol=1e-4, atol=1e-8)
 
 
-def test_limits():
-  valid, count = jnp.ones((G, S), bool), G * S
-  assert router_losses.router_z_loss(jnp.zeros((G, S, E)), valid, count) == pytest.approx(np.log(E) ** 2)
-  assert router_losses.router_entropy(jnp.full((G, S, E), 1 / E), valid, count) == pytest.approx(np.log(E))
-  assert router_losses.router_entropy(jax.nn.one_hot(jnp.zeros((G, S), int), E), valid, count) == 0
+def test_limits(routing):
+  """An undecided router has z-loss (log E)^2 and entropy log E; a certain one has entropy 0."""
+  undecided = routing._replace(logits=np.zeros((G, S, E), np.float32), probs=np.full((G, S, E), 1 / E, np.float32))
+  certain = routing._replace(probs=np.eye(E, dtype=np.float32)[routing.expert_index[..., 0]])
+  undecided, certain = (measure(r, routing.valid.sum()) for r in (undecided, certain))
+  assert undecided['z'] == pytest.approx(np.log(E) ** 2)
+  assert undecided['entropy'] == pytest.approx(np.log(E)) and certain['entropy'] == 0
 
 
 def test_z_loss_gives_padding_no_gradient(routing):
-  gradient = jax.grad(router_losses.router_z_loss)(routing.logits, routing.valid, routing.valid.sum())
+  gradient = jax.jit(jax.grad(router_losses.router_z_loss))(routing.logits, routing.valid, routing.valid.sum())
   assert np.all(gradient[~routing.valid] == 0) and np.all(gradient[routing.valid] != 0)
 
 

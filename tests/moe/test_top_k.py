@@ -49,9 +49,9 @@ def test_gates(gates, k):
 @pytest.mark.parametrize(
   ('fields', 'hint'),
   [
-    ({'num_selected': 1}, "gates = 'raw'"),
-    ({'num_selected': E + 1}, 'NUM_EXPERTS'),
-    ({'num_selected': 0}, 'num_selected'),
+    ({'num_selected': 1}, 'raw'),
+    ({'num_selected': E + 1}, f'{E + 1} of {E} experts'),
+    ({'num_selected': 0}, f'0 of {E} experts'),
   ],
 )
 def test_refusals(fields, hint):

@@ -1,0 +1,171 @@
+"""The command line from end to end: a run and its files, a run that is killed, and bad input."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import gin
+import pytest
+
+import run
+
+ROOT = pathlib.Path(__file__).parents[1]
+QUICKSTART = ['--gin_file=gin/experiments/quickstart.gin']
+SMALL = [
+  '--gin.NUM_LAYERS=2',
+  '--gin.EMBED_DIM=32',
+  '--gin.MLP_DIM=64',
+  '--gin.EXPERT_MLP_DIM=64',
+  '--gin.NUM_HEADS=2',
+  '--gin.HEAD_DIM=16',
+  '--gin.BATCH_SIZE=8',
+  "--gin.TASK_FEATURE_LENGTHS={'targets': 64}",
+  '--gin.GROUP_SIZE=64',
+  '--gin.TRAIN_STEPS=8',
+  '--gin.EVAL_STEPS=2',
+  '--gin.EVAL_PERIOD=4',
+  '--gin.CHECKPOINT_PERIOD=3',
+  '--gin.LOG_PERIOD=1',
+  '--gin.MAX_NEW_TOKENS=8',
+]
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch, tmp_path):
+  """A small corpus, and no configuration left from another test."""
+  monkeypatch.chdir(ROOT)
+  corpus = tmp_path / 'corpus'
+  corpus.mkdir()
+  for i in range(8):
+    (corpus / f'{i}.py').write_text(f'def f{i}(x):\n  return x + {i}\n\n\n' * 200)
+  monkeypatch.setenv('LOCAL_TEXT_GLOB', str(corpus / '*.py'))
+  gin.clear_config()
+  yield
+  gin.clear_config()
+
+
+def lines(path):
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def arguments(folder, *more):  # of training
+  return [*QUICKSTART, *SMALL, f"--gin.MODEL_DIR='{folder}'", *more]
+
+
+def start(folder):
+  environment = {**os.environ, 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1', 'JAX_PLATFORMS': 'cpu'}
+  command = [sys.executable, 'run.py', '--run_mode=train', *arguments(folder)]
+  return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_run_leaves_what_it_should_and_other_modes_take_it(tmp_path, capsys):
+  folder = tmp_path / 'run'
+  assert run.main(['--run_mode=train', '--debug', *arguments(folder)]) == 0
+  assert {'config.gin', 'metrics.jsonl', 'checkpoints', 'report.html', 'summary.json'} <= set(os.listdir(folder))
+  assert list(folder.glob('events.out.tfevents*'))
+  metrics = lines(folder / 'metrics.jsonl')
+  assert [m['step'] for m in metrics if m['split'] == 'train'] == list(range(1, 9))
+  assert [m['step'] for m in metrics if m['split'] == 'validation'] == [4, 8]
+  assert metrics[-2]['loss'] < metrics[0]['loss']
+  assert len(metrics[0]['decoder/stack_0/moe/expert_load'][0]) == 8
+  summary = json.loads((folder / 'summary.json').read_text())
+  assert summary['mesh'] == {'data': 1, 'expert': 8, 'model': 1}
+  assert summary['unigram_bits_per_byte'] > summary['zlib_bits_per_byte'] > 0
+  assert 'bits per byte' in capsys.readouterr().out
+
+  # The configuration that the run kept is all that other modes need, and training on.
+  kept = ['--debug', f'--gin_file={folder / "config.gin"}']
+  gin.clear_config()
+  assert run.main(['--run_mode=eval', *kept, '--gin.EVAL_STEPS=2']) == 0
+  assert lines(folder / 'evaluation.jsonl')[-1]['bits_per_byte'] == pytest.approx(metrics[-1]['bits_per_byte'], rel=1e-6)
+  gin.clear_config()
+  assert run.main(['--run_mode=infer', *kept, '--prompt=def f', '--gin.MAX_NEW_TOKENS=4']) == 0
+  assert lines(folder / 'inference.jsonl')[0]['inputs'] == 'def f'
+  gin.clear_config()
+  assert run.main(['--run_mode=train', *kept, '--gin.TRAIN_STEPS=9']) == 0
+  assert [m['step'] for m in lines(folder / 'metrics.jsonl') if m['split'] == 'train'] == list(range(1, 10))
+
+  # Another model does not take its checkpoint, and says so in one line.
+  gin.clear_config()
+  before = sorted(os.listdir(folder / 'checkpoints'))
+  capsys.readouterr()
+  assert run.main(['--run_mode=train', *arguments(folder, '--gin.EMBED_DIM=64')]) == 1
+  message = capsys.readouterr().err.strip()
+  assert 'is of another model' in message and message.count('\n') == 0
+  assert sorted(os.listdir(folder / 'checkpoints')) == before
+
+
+def test_killed_in_mid_run_it_goes_on_bit_by_bit(tmp_path):
+  whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+  process = start(whole)
+  output = process.communicate(timeout=300)
+  assert process.returncode == 0, output
+  process = start(killed)
+  deadline = time.monotonic() + 300
+  while not (killed / 'checkpoints' / '3').exists() and time.monotonic() < deadline and process.poll() is None:
+    time.sleep(0.02)
+  process.send_signal(signal.SIGKILL)
+  process.communicate()
+  assert process.returncode == -signal.SIGKILL
+  process = start(killed)
+  output = process.communicate(timeout=300)
+  assert process.returncode == 0 and 'Going on from step' in output[0], output
+  timing = ('step_seconds', 'tokens_per_second')
+  expected, actual = (
+    [{key: value for key, value in line.items() if key not in timing} for line in lines(folder / 'metrics.jsonl')]
+    for folder in (whole, killed)
+  )
+  assert actual == expected
+
+
+def test_a_loss_that_is_no_number_stops_the_run_before_it_is_saved(tmp_path, capsys):
+  folder = tmp_path / 'run'
+  more = ['--gin_file=gin/optimizers/adamw.gin', '--gin.LEARNING_RATE=1e30', '--gin.WARMUP_STEPS=4']
+  assert run.main(['--run_mode=train', *arguments(folder, *more)]) == 1
+  message = capsys.readouterr().err.strip()
+  assert 'at step' in message and ('nan' in message or 'inf' in message) and message.count('\n') == 0
+  steps = [m['step'] for m in lines(folder / 'metrics.jsonl')]
+  saved = [int(name) for name in os.listdir(folder / 'checkpoints') if name.isdigit()]
+  assert all(step <= max(steps) for step in saved)
+
+
+@pytest.mark.parametrize(
+  'more, message',
+  [
+    (['--gin.NUM_EXPERTS=6', "--gin.MESH={'data': 2, 'expert': 4}"], 'NUM_EXPERTS=6 does not divide'),
+    (['--gin.NUM_EXPERT=6'], 'did you mean NUM_EXPERTS?'),
+    (['--gin.mlp.Mlp.hiden_dim=6'], 'did you mean hidden_dim?'),
+    (['--gin.BATCH_SIZE=30'], 'BATCH_SIZE=30 does not divide over 8'),
+    (['--gin.BATCH_SIZE=8', '--gin.MICROBATCHES=3'], 'in 3 microbatches: use a multiple of 24'),
+    (['--gin.GROUP_SIZE=48'], 'GROUP_SIZE=48 does not divide sequences of 64: 32 and 64 would.'),
+    (["--gin.MESH={'data': 3}"], 'needs 3 devices and there are 8'),
+    (["--gin.MESH={'date': 8}"], "unknown axis 'date'"),
+    (['--gin.EXPERT_EVERY=3'], 'EXPERT_EVERY=3 does not divide NUM_LAYERS=2'),
+    (["--gin.MODEL_DIR='/dev/null/here'"], "MODEL_DIR '/dev/null/here' cannot be written to"),
+    (["--gin.MIXTURE_OR_TASK_NAME='local_text_ml'"], "did you mean 'local_text_lm'?"),
+    (['--gin.VOCAB_SIZE=128'], 'VOCAB_SIZE=128 is less than'),
+    (['--gin_file=gin/experiments/nothing.gin'], 'nothing.gin'),
+    (['--gin.NUM_EXPERTS=)'], 'NUM_EXPERTS'),
+    (['--quick'], "Unknown argument '--quick'"),
+  ],
+)
+def test_bad_input_gets_one_line(tmp_path, capsys, more, message):
+  assert run.main(['--run_mode=train', *arguments(tmp_path / 'run', *more)]) != 0
+  error = capsys.readouterr().err.strip()
+  assert message in error
+  assert error.count('\n') == 0 and 'Traceback' not in error
+
+
+def test_every_macro_works_alone(tmp_path):
+  """Each can be overridden by itself on the command line, in both families of models."""
+  overrides = ['NUM_EXPERTS=4', 'EXPERT_EVERY=1', 'EXPERT_EVERY=0', 'CAPACITY_FACTOR=1.0', 'EMBED_DIM=64', 'MLP_DIM=96']
+  overrides += ['NUM_LAYERS=8', "MESH={'data': 2, 'expert': 2, 'model': 2}", 'BATCH_SIZE=16', 'DROPOUT_RATE=0.1']
+  overrides += ['MICROBATCHES=2', "DTYPE='bfloat16'", 'SCAN=False', "REMAT='none'"]
+  for experiment in ('quickstart', 'st_moe_tiny'):
+    for override in overrides:
+      gin.clear_config()
+      assert run.main(['--debug', '--dry_run', f'--gin_file=gin/experiments/{experiment}.gin', f'--gin.{override}']) == 0
