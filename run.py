@@ -4,6 +4,7 @@ Gin lives here and nowhere else. Files compose in the order given, `--gin.NAME=V
 """
 
 import argparse
+import dataclasses
 import difflib
 import importlib
 import inspect
@@ -62,7 +63,10 @@ def parse_gin(mode: str, files: list[str], bindings: list[str], search_paths: li
       name = binding.split(' = ')[0]
       if re.fullmatch(r'\w+', name) and name not in known:
         raise ConfigError(f'Nothing reads {name}{_nearest(name, known)} The names in use are those of the gin files.')
-    gin.parse_config(bindings)
+      try:
+        gin.parse_config(binding)
+      except SyntaxError as error:
+        raise ConfigError(f'--gin.{binding.replace(" = ", "=", 1)} is not a value that gin can read.') from error
     gin.finalize()
   except OSError as error:
     raise ConfigError(f'{first_line(error)} (gin files are searched in {", ".join(search_paths)}).') from error
@@ -74,7 +78,8 @@ def _explain(error: Exception) -> str:
   """Gin's complaint in one line, with the nearest name where a parameter is misspelt."""
   message = first_line(error)
   if match := re.search(r"Configurable '(\S+)' doesn't have a parameter named '(\w+)'", message):
-    names = inspect.signature(gin.get_configurable(match[1])).parameters
+    target = inspect.unwrap(gin.get_configurable(match[1]))
+    names = target.__dataclass_fields__ if dataclasses.is_dataclass(target) else inspect.signature(target).parameters
     return f'{match[1]} has no parameter {match[2]!r}{_nearest(match[2], names)}'
   return message
 

@@ -11,15 +11,18 @@ from typing import Any
 
 import jax
 import numpy as np
-import seqio
-import tensorflow as tf
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 from moe_jax.batch import batch_spec
+from moe_jax.quiet import quiet_stderr
 from moe_jax.types import Array, Batch, ConfigError
 
-tf.config.set_visible_devices([], 'GPU')  # else TensorFlow takes the memory that JAX is about to use
+with quiet_stderr():
+  import seqio
+  import tensorflow as tf
+
+  tf.config.set_visible_devices([], 'GPU')  # else TensorFlow takes the memory that JAX is about to use
 
 # DecoderFeatureConverter is a plain language model for 'targets' alone, and a prefix one for 'inputs' and 'targets'.
 _CONVERTERS = {'decoder_only': seqio.DecoderFeatureConverter, 'encoder_decoder': seqio.EncDecFeatureConverter}

@@ -82,12 +82,12 @@ def test_a_run_is_decoded_and_measured(run, capsys):
   assert [line['inputs'] for line in written] == PROMPTS
   assert all(set(line) == {'inputs', 'prediction', 'score'} and line['score'] < 0 for line in written)
   variables = inference.variables_of(state)
-  for line in written:
-    assert line['prediction'] == inference.continue_text(program, variables, data, line['inputs'], GREEDY, 4)
-    with program.activate():
-      example = inference.example_of(line['inputs'], data)
-      ((_, score),) = inference.generate(program, variables, data, [example.tokens], GREEDY, 4)
-    np.testing.assert_allclose(line['score'], score, atol=1e-5)
+  first, *_, last = written
+  assert first['prediction'] == inference.continue_text(program, variables, data, first['inputs'], GREEDY, 4)
+  with program.activate():
+    tokens = inference.example_of(last['inputs'], data).tokens
+    ((_, score),) = inference.generate(program, variables, data, [tokens], GREEDY, 4)
+  np.testing.assert_allclose(last['score'], score, atol=1e-5)
   assert repr(PROMPTS[2]) in capsys.readouterr().out
 
   # The task's own examples.
@@ -113,7 +113,7 @@ def test_the_optimizer_is_not_read(run):
     restored = inference.restore(program, checkpointer)
     assert restored.opt_state is None
     jax.tree.map(np.testing.assert_array_equal, restored.params, state.params)
-    with pytest.raises(ConfigError, match=r'No step 7 in .*: there are \[0\]'):
+    with pytest.raises(ConfigError, match=r'No checkpoint of step 7 in .*: there are \[0\]'):
       inference.restore(program, checkpointer, 7)
 
 
@@ -141,5 +141,5 @@ def test_what_cannot_be_is_refused_in_one_line(tmp_path, corpus):
   (tmp_path / 'checkpoints').mkdir()
   with pytest.raises(ConfigError, match=r'No whole checkpoint in'):
     evaluate(str(tmp_path), objective, data, DEVICES)
-  with pytest.raises(ConfigError, match='A prompt of 5 tokens does not fit 4'):
+  with pytest.raises(ConfigError, match='A prompt of 5 tokens does not fit into 4'):
     inference.padded('encoder', [[1], [1, 2, 3, 4, 5]], rows=8, length=4)
