@@ -98,7 +98,6 @@ class Checkpointer:
     """
     step = self.latest_step() if step is None else step
     wanted = {key: value for key, value in _as_dict(state_spec).items() if value is not None}
-    self._check_shapes(wanted, step)
     items = {
       'state': ocp.args.PyTreeRestore(
         wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
@@ -107,10 +106,13 @@ class Checkpointer:
     if iterator is not None:
       items['data'] = _RestoreIterator(iterator)
     try:
+      self._check_shapes(wanted, step)
       restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+    except ConfigError:
+      raise
     except Exception as error:
       raise ConfigError(
-        f'The checkpoint {self.directory}/{step} cannot be read ({str(error).splitlines()[0]}):'
+        f'The checkpoint {self.directory}/{step} cannot be read ({str(error).splitlines()[0][:80]}...):'
         ' remove that folder to go on from the one before.'
       ) from error
     logging.info('Restored step %d from %s', step, self.directory)

@@ -128,9 +128,10 @@ def collectives(dispatcher, mesh, backward):
 
 
 @pytest.mark.parametrize('backward', [False, True], ids=['forward', 'backward'])
+@pytest.mark.parametrize('shape', [(2, 4, 1), (2, 2, 2)])
 @pytest.mark.parametrize('name', DISPATCHERS)
-def test_collectives(name, backward, mesh):
-  found = collectives(DISPATCHERS[name], mesh(data=2, expert=4), backward)
+def test_collectives(name, shape, backward, mesh):
+  found = collectives(DISPATCHERS[name], mesh(*shape), backward)
   kinds = [kind for kind, _ in found]
   assert kinds.count('all-to-all') == (4 if backward else 2), found  # out and home, and the same way back
   assert set(kinds) <= {'all-to-all', 'all-gather', 'all-reduce'}, found
