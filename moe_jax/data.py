@@ -6,6 +6,7 @@ What is in a batch, `moe_jax/batch.py` says.
 import collections
 import difflib
 import importlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -34,8 +35,12 @@ def vocabulary(task: str, modules: Sequence[str] = ('tasks.local_text',)) -> seq
 
 
 def text_of(tokens: Sequence[int] | Array, vocabulary: seqio.Vocabulary) -> str:
-  """The text of int32[L] tokens up to the first EOS; padding says nothing."""
-  return vocabulary.decode([int(token) for token in tokens if token])
+  """The text of int32[L] tokens up to the first EOS; padding says nothing, and a sentinel shows as <1>, <2>, ..."""
+  real = [int(token) for token in tokens if token]
+  real = real[: real.index(vocabulary.eos_id)] if vocabulary.eos_id in real else real
+  sentinels = range(vocabulary.vocab_size - vocabulary.extra_ids, vocabulary.vocab_size)
+  runs = itertools.groupby(real, lambda token: vocabulary.vocab_size - token if token in sentinels else 0)
+  return ''.join(f'<{number}>' if number else vocabulary.decode(list(run)) for number, run in runs)
 
 
 def token_bytes(vocabulary: seqio.Vocabulary) -> tuple[int, ...]:

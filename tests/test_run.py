@@ -81,7 +81,9 @@ def test_a_run_leaves_what_it_should_and_other_modes_take_it(tmp_path, capsys):
   kept = ['--debug', f'--gin_file={folder / "config.gin"}']
   gin.clear_config()
   assert run.main(['--run_mode=eval', *kept, '--gin.EVAL_STEPS=2']) == 0
-  assert lines(folder / 'evaluation.jsonl')[-1]['bits_per_byte'] == pytest.approx(metrics[-1]['bits_per_byte'], rel=1e-6)
+  assert lines(folder / 'evaluation.jsonl')[-1]['bits_per_byte'] == pytest.approx(
+    metrics[-1]['bits_per_byte'], rel=1e-6
+  )
   gin.clear_config()
   assert run.main(['--run_mode=infer', *kept, '--prompt=def f', '--gin.MAX_NEW_TOKENS=4']) == 0
   assert lines(folder / 'inference.jsonl')[0]['inputs'] == 'def f'
@@ -168,4 +170,6 @@ def test_every_macro_works_alone(tmp_path):
   for experiment in ('quickstart', 'st_moe_tiny'):
     for override in overrides:
       gin.clear_config()
-      assert run.main(['--debug', '--dry_run', f'--gin_file=gin/experiments/{experiment}.gin', f'--gin.{override}']) == 0
+      assert (
+        run.main(['--debug', '--dry_run', f'--gin_file=gin/experiments/{experiment}.gin', f'--gin.{override}']) == 0
+      )

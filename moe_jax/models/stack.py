@@ -62,6 +62,8 @@ class Stack(nn.Module):
   def __call__(self, x: Array, context: Context) -> tuple[Array, Aux]:
     if self.relative_table:
       context = dataclasses.replace(context, relative_table=self.relative_table(name='relative')())
+    if self.remat not in REMAT:
+      raise ConfigError(f'REMAT={self.remat!r} is none of {", ".join(REMAT)}.')
     block, pattern = Block, tuple(self.pattern.items())
     if self.remat != 'none' and not context.cache_length:
       block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=not self.scan)

@@ -27,7 +27,8 @@ def rows_per_group(batch: int, length: int, group_size: int, decoding: bool) -> 
     batch: B.
     length: L.
     group_size: the wished S.
-    decoding: nothing is dropped then and groups make no difference, so each device takes what it has as one group.
+    decoding: groups make no difference where nothing is dropped, so a step takes what a device has as one group, and a
+      prompt each sequence as one.
 
   Raises:
     ConfigError: naming sizes that would fit.
@@ -39,7 +40,7 @@ def rows_per_group(batch: int, length: int, group_size: int, decoding: bool) -> 
       f' data-parallel devices: use a multiple of {sharding.shards("batch")}.'
     )
   if decoding:
-    return per_device
+    return per_device if length == 1 else 1
   if group_size < length:
     if group_size < 1 or length % group_size:
       fits = [size for size in range(1, length + 1) if length % size == 0]

@@ -35,7 +35,7 @@ _LINES: Mapping[str, tuple[str, Callable, str, tuple[float, float]]] = {
   'cross_entropy': ('nats', np.asarray, 'last', (6.6, 2.6)),
   'loss': ('nats', np.asarray, 'last', (6.6, 2.6)),
   'expert_load': ('times the uniform share', lambda load: load.max(1) / load.mean(1), 'last', (6.6, 2.6)),
-  'dropped': ('% of choices', lambda share: 100 * share, 'last', (6.6, 2.6)),
+  'dropped_choices': ('% of choices', lambda share: 100 * share, 'last', (6.6, 2.6)),
   'router_entropy': ('nats', np.asarray, 'last', (6.6, 2.6)),
   'step_seconds': ('seconds', np.asarray, 'median', (3.3, 2.2)),
   'tokens_per_second': ('tokens per second', np.asarray, 'median', (3.3, 2.2)),
@@ -154,7 +154,7 @@ def expert_load_matrix(run: Run) -> tuple[list[str], np.ndarray]:
 
 def key_figures(run: Run) -> dict[str, Any]:
   """What the cards and the comparison show: summary.json, and what the log adds. None or NaN is unknown."""
-  loads, dropped = expert_load_matrix(run)[1], [layer.last for layer in layer_curves(run, 'dropped')]
+  loads, dropped = expert_load_matrix(run)[1], [layer.last for layer in layer_curves(run, 'dropped_choices')]
   return {
     'name': run.name,
     'validation_bits_per_byte': curve(run, 'bits_per_byte', 'validation').last,

@@ -225,5 +225,5 @@ def baselines(program: Program, data: Data, eval_steps: int) -> dict[str, float]
 def sample(program: Program, variables: Any, data: Data, strategy: Strategy, max_new_tokens: int) -> dict[str, str]:
   """A text that was held out, and how the model goes on from it."""
   example = next(infer.task_examples(program, data, 'validation'))
-  written = infer.continue_text(program, variables, data, example.text, strategy, max_new_tokens)
+  written = infer.continue_example(program, variables, data, example, strategy, max_new_tokens)
   return {'prompt': example.text, 'continuation': written}

@@ -64,7 +64,9 @@ class Checkpointer:
     self._manager = ocp.CheckpointManager(
       directory,
       item_handlers={'state': ocp.PyTreeCheckpointHandler(), 'data': _IteratorHandler()},
-      options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=not read_only, read_only=read_only),
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=None if read_only else keep, create=not read_only, read_only=read_only
+      ),
     )
     self.directory = directory
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.layers.attention import CrossAttention, SelfAttention
+from moe_jax.layers.attention import CrossAttention, SelfAttention, segment_mask
 from moe_jax.layers.context import Context
-from moe_jax.layers.positions import RelativeTable, relative_buckets
+from moe_jax.layers.positions import RelativeTable, relative_buckets, rotate
 from moe_jax.types import Aux
 
 B, L, M, H, D = 2, 8, 6, 4, 4
@@ -37,33 +37,41 @@ def apply(layer, params, x, context):
   return y
 
 
-def by_loop(params, x, memory, visible, scale=D**-0.5, bias=None):
+def by_loop(params, x, memory, visible, scale=D**-0.5, bias=None, turn=np.asarray):
   """softmax(q k / sqrt(D) + bias) v, one query and head at a time, over the keys it may see."""
-  y = np.zeros_like(x)
+  query, key, value = (
+    np.einsum('blm,mhd->blhd', source, params[name])
+    for name, source in [('query', x), ('key', memory), ('value', memory)]
+  )
+  query, key, y = np.asarray(turn(query)), np.asarray(turn(key)), np.zeros_like(x)
   for b, q, h in np.ndindex(*x.shape[:2], H):
-    keys = visible[b, q].nonzero()[0]
-    if keys.size:
-      kv = h * params['key'].shape[1] // H
-      query = x[b, q] @ params['query'][:, h]
-      logits = scale * (memory[b, keys] @ params['key'][:, kv]) @ query
-      logits += 0 if bias is None else bias[h, q, keys]
+    seen = visible[b, q].nonzero()[0]
+    if seen.size:
+      kv = h * key.shape[2] // H
+      logits = scale * key[b, seen, kv] @ query[b, q, h]
+      logits += 0 if bias is None else bias[h, q, seen]
       shares = np.exp(logits) / np.exp(logits).sum()
-      y[b, q] += shares @ (memory[b, keys] @ params['value'][:, kv]) @ params['out'][h]
+      y[b, q] += shares @ value[b, seen, kv] @ params['out'][h]
   return y
 
 
 SAME = (SEGMENTS[:, :, None] == SEGMENTS[:, None, :]) & REAL[:, :, None]
 
 
-CASES = [(True, H, None), (False, H, 1.0), (True, 2, None), (True, 1, None)]
+def test_segment_mask():
+  np.testing.assert_array_equal(segment_mask(jnp.asarray(SEGMENTS), jnp.asarray(SEGMENTS))[:, 0], SAME)
 
 
-@pytest.mark.parametrize(('causal', 'kv_heads', 'scale'), CASES)
-def test_equation(causal, kv_heads, scale):
-  layer = SelfAttention(H, D, num_kv_heads=kv_heads, query_scale=scale)
+CASES = [(True, H, None, None), (False, H, 1.0, None), (True, 2, None, None), (True, 1, None, 100.0)]
+
+
+@pytest.mark.parametrize(('causal', 'kv_heads', 'scale', 'rotary_base'), CASES)
+def test_equation(causal, kv_heads, scale, rotary_base):
+  layer = SelfAttention(H, D, num_kv_heads=kv_heads, query_scale=scale, rotary_base=rotary_base)
   y = apply(layer, weights(kv_heads), X, context(causal=causal))
   visible = SAME & np.tri(L, dtype=bool) if causal else SAME
-  expected = by_loop(weights(kv_heads), X, X, visible, scale or D**-0.5)
+  turn = functools.partial(rotate, positions=jnp.asarray(POSITIONS), base=rotary_base) if rotary_base else np.asarray
+  expected = by_loop(weights(kv_heads), X, X, visible, scale or D**-0.5, turn=turn)
   np.testing.assert_allclose(y[REAL], expected[REAL], rtol=1e-4, atol=1e-5)
 
 

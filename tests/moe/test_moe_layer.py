@@ -164,7 +164,7 @@ def test_jitter_is_for_the_router_alone():
   np.testing.assert_array_equal(y, X)
 
 
-@pytest.mark.parametrize('group_size', [2, 4, L, 2 * L, B * L])
+@pytest.mark.parametrize('group_size', [2, L, B * L])
 def test_groups_make_no_difference_where_nothing_is_dropped(group_size):
   y, aux = apply(layer(group_size=group_size), weights(), X, context())
   expected, expected_aux = apply(layer(), weights(), X, context())

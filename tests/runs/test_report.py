@@ -32,7 +32,7 @@ def train_line(step: int, layers: dict[str, list[list[float]]], **overrides: Any
   line = {'step': step, 'split': 'train', 'loss': 5 - step / 100, 'bits_per_byte': 6 - step / 100}
   line |= {'step_seconds': 0.4, 'tokens_per_second': 20_000.0}
   for path, loads in layers.items():
-    line |= {f'{path}/expert_load': loads, f'{path}/dropped': [0.25] * len(loads)}
+    line |= {f'{path}/expert_load': loads, f'{path}/dropped_choices': [0.25] * len(loads)}
     line |= {f'{path}/router_entropy': [0.5] * len(loads)}
   return line | overrides
 

@@ -82,7 +82,10 @@ def test_only_the_newest_are_kept(tmp_path, mesh):
 def test_another_model_is_refused_by_name(tmp_path, mesh):
   saved(tmp_path, mesh())
   _, spec = prepare(mesh(), num_layers=8)
-  with Checkpointer(tmp_path) as checkpointer, pytest.raises(ConfigError, match='is of another model: .*blocks.*') as error:
+  with (
+    Checkpointer(tmp_path) as checkpointer,
+    pytest.raises(ConfigError, match='is of another model: .*blocks.*') as error,
+  ):
     checkpointer.restore(spec)
   assert '\n' not in str(error.value)
 

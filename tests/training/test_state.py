@@ -66,7 +66,9 @@ def test_factored_moments_lose_the_axis_they_sum_over(mesh):
 
 def test_experts_that_do_not_divide_get_one_clear_line(mesh):
   with pytest.raises(ConfigError, match=r'NUM_EXPERTS=8 does not divide over the mesh axis expert of 3') as error:
-    prepare(sharding.make_mesh({'data': 1, 'expert': 3, 'model': 1}, jax.devices()[:3]), ADAMW, sharding.replicated_rules())
+    prepare(
+      sharding.make_mesh({'data': 1, 'expert': 3, 'model': 1}, jax.devices()[:3]), ADAMW, sharding.replicated_rules()
+    )
   assert '\n' not in str(error.value)
 
 
