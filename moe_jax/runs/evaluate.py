@@ -10,9 +10,8 @@ import jax
 import numpy as np
 
 from moe_jax.objectives import LanguageModeling
-from moe_jax.runs.infer import restore, trained
-from moe_jax.runs.setup import Data, Devices
-from moe_jax.runs.train import describe_loss, say
+from moe_jax.runs.progress import describe_loss, say
+from moe_jax.runs.setup import Data, Devices, restore, trained
 from moe_jax.training.metrics import averaged, with_bits_per_byte
 from moe_jax.training.step import eval_step
 

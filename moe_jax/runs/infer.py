@@ -1,6 +1,5 @@
 """Inference: texts given by hand, or a task's examples, gone on from by a trained model and written as JSON lines."""
 
-import dataclasses
 import functools
 import itertools
 import json
@@ -10,14 +9,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 
 from moe_jax import sharding
 from moe_jax.decode import Strategy, decode
 from moe_jax.objectives import Objective
-from moe_jax.runs.setup import Data, Devices, Program, build
-from moe_jax.training.checkpoints import Checkpointer
-from moe_jax.training.state import TrainState
+from moe_jax.runs.setup import Data, Devices, Program, restore, trained, variables_of
 from moe_jax.types import ConfigError
 
 Variables = Mapping[str, Any]
@@ -118,33 +114,6 @@ def continue_example(
   with program.activate():
     ((tokens, _),) = generate(program, variables, data, [example.tokens], strategy, max_new_tokens, seed)
   return text_of(tokens.tolist(), data.vocabulary())
-
-
-def trained(model_dir: str, objective: Objective, data: Data, devices: Devices) -> tuple[Program, Checkpointer]:
-  """A program that needs no optimizer, and the checkpoints of its run, opened for reading.
-
-  Raises:
-    ConfigError: if nothing was saved.
-  """
-  program = build(objective, lambda names: optax.identity(), data, devices)
-  checkpointer = Checkpointer(Path(model_dir).expanduser(), read_only=True)
-  if checkpointer.latest_step() is None:
-    raise ConfigError(f'No whole checkpoint in {checkpointer.directory} yet: train longer, or set MODEL_DIR.')
-  return program, checkpointer
-
-
-def restore(program: Program, checkpointer: Checkpointer, step: int | None = None) -> TrainState:
-  """The state at a step, None being the newest, without its optimizer's part."""
-  if step is not None and step not in checkpointer.all_steps():
-    raise ConfigError(
-      f'No checkpoint of step {step} in {checkpointer.directory}: there are {checkpointer.all_steps()}.'
-    )
-  return checkpointer.restore(dataclasses.replace(program.state_spec, opt_state=None), step=step)
-
-
-def variables_of(state: TrainState) -> dict[str, Any]:
-  """What a model is applied with."""
-  return {'params': state.params, **state.variables}
 
 
 def example_of(text: str, data: Data) -> Example:

@@ -63,3 +63,16 @@ def summarize(values: Mapping[str, Any]) -> str:
     busiest = max(float((load * load.shape[-1]).max()) for load in loads)
     facts.append(f'busiest expert {busiest:.2f}x')
   return '  '.join(facts)
+
+
+def say(line: str) -> None:
+  """Prints on the first host only."""
+  if jax.process_index() == 0:
+    print(line, flush=True)
+
+
+def describe_loss(values: dict[str, Any]) -> str:
+  """The cross-entropy in the unit that readers care for."""
+  if 'bits_per_byte' in values:
+    return f'{values["bits_per_byte"]:.3f} bits per byte'
+  return f'cross-entropy {float(values["cross_entropy"]):.3f} nats per token'

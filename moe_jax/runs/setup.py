@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from moe_jax import sharding
 from moe_jax.batch import batch_spec
 from moe_jax.objectives import LanguageModeling, Objective
+from moe_jax.training.checkpoints import Checkpointer
 from moe_jax.training.state import OptimizerFactory, TrainState, init_state
 from moe_jax.types import ConfigError
 
@@ -171,3 +172,30 @@ def open_model_dir(path: str) -> Path:
   except OSError as error:
     raise ConfigError(f'MODEL_DIR {path!r} cannot be written to ({error.strerror}): choose another folder.') from error
   return folder
+
+
+def trained(model_dir: str, objective: Objective, data: Data, devices: Devices) -> tuple[Program, Checkpointer]:
+  """A program that needs no optimizer, and the checkpoints of its run, opened for reading.
+
+  Raises:
+    ConfigError: if nothing was saved.
+  """
+  program = build(objective, lambda names: optax.identity(), data, devices)
+  checkpointer = Checkpointer(Path(model_dir).expanduser(), read_only=True)
+  if checkpointer.latest_step() is None:
+    raise ConfigError(f'No whole checkpoint in {checkpointer.directory} yet: train longer, or set MODEL_DIR.')
+  return program, checkpointer
+
+
+def restore(program: Program, checkpointer: Checkpointer, step: int | None = None) -> TrainState:
+  """The state at a step, None being the newest, without its optimizer's part."""
+  if step is not None and step not in checkpointer.all_steps():
+    raise ConfigError(
+      f'No checkpoint of step {step} in {checkpointer.directory}: there are {checkpointer.all_steps()}.'
+    )
+  return checkpointer.restore(dataclasses.replace(program.state_spec, opt_state=None), step=step)
+
+
+def variables_of(state: TrainState) -> dict[str, Any]:
+  """What a model is applied with."""
+  return {'params': state.params, **state.variables}

@@ -1,6 +1,7 @@
 """The training loop: restore or begin, train, evaluate, save, and tell how it went."""
 
 import functools
+import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -14,9 +15,9 @@ from moe_jax.analysis.parameters import bytes_per_device, count_parameters
 from moe_jax.decode import Strategy
 from moe_jax.objectives import LanguageModeling
 from moe_jax.runs import infer
-from moe_jax.runs.progress import Progress
+from moe_jax.runs.progress import Progress, describe_loss, say
 from moe_jax.runs.report import report
-from moe_jax.runs.setup import Data, Devices, Program, build, open_model_dir
+from moe_jax.runs.setup import Data, Devices, Program, build, open_model_dir, variables_of
 from moe_jax.training.checkpoints import Checkpointer
 from moe_jax.training.metrics import MetricsLog, averaged, with_bits_per_byte
 from moe_jax.training.state import OptimizerFactory, TrainState
@@ -102,7 +103,7 @@ def train(
 
     def validate(state: TrainState) -> dict[str, Any]:
       held_out = data.held_out(program.mesh)
-      return with_bits_per_byte(averaged(evaluate(state, batch) for batch in take(held_out, eval_steps)))
+      return with_bits_per_byte(averaged(evaluate(state, batch) for batch in itertools.islice(held_out, eval_steps)))
 
     # ---- Train ------------------------------------------------------------------------------------------------------
     with MetricsLog(folder, resume_step=first) as log, Progress(first, train_steps) as progress:
@@ -140,22 +141,11 @@ def train(
     # ---- Tell -------------------------------------------------------------------------------------------------------
     summary |= baselines(program, data, eval_steps)
     if strategy:
-      summary['sample'] = sample(program, infer.variables_of(state), data, strategy, max_new_tokens)
+      summary['sample'] = sample(program, variables_of(state), data, strategy, max_new_tokens)
   (folder / 'summary.json').write_text(json.dumps(summary, indent=2))
   summary['report'] = str(report([str(folder)]))
   say_results(summary)
   return summary
-
-
-def take(batches: Iterator[Batch], count: int) -> Iterator[Batch]:
-  """The first `count` batches."""
-  return (batch for _, batch in zip(range(count), batches, strict=False))
-
-
-def say(line: str) -> None:
-  """Prints on the first host only."""
-  if jax.process_index() == 0:
-    print(line, flush=True)
 
 
 def describe(program: Program) -> dict[str, Any]:
@@ -172,13 +162,6 @@ def describe(program: Program) -> dict[str, Any]:
     'mesh': dict(program.mesh.shape),
     'bytes_per_device': {name: bytes_per_device(tree) for name, tree in sizes.items()},
   }
-
-
-def describe_loss(values: dict[str, Any]) -> str:
-  """The cross-entropy in the unit that readers care for."""
-  if 'bits_per_byte' in values:
-    return f'{values["bits_per_byte"]:.3f} bits per byte'
-  return f'cross-entropy {float(values["cross_entropy"]):.3f} nats per token'
 
 
 def say_results(summary: dict[str, Any]) -> None:
@@ -212,7 +195,7 @@ def baselines(program: Program, data: Data, eval_steps: int) -> dict[str, float]
   def text(batches: Iterator[Batch]) -> bytes:
     from moe_jax.data import bytes_of
 
-    targets = (batch['decoder_target_tokens'] for batch in take(batches, eval_steps))
+    targets = (batch['decoder_target_tokens'] for batch in itertools.islice(batches, eval_steps))
     return b''.join(bytes_of(np.asarray(rows), vocabulary) for rows in targets)
 
   held_out = text(data.held_out(program.mesh))
