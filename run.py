@@ -9,6 +9,7 @@ import difflib
 import importlib
 import inspect
 import os
+import pathlib
 import re
 import sys
 from collections.abc import Iterable
@@ -58,20 +59,37 @@ def parse_gin(mode: str, files: list[str], bindings: list[str], search_paths: li
     gin.add_config_file_search_path(path)
   try:
     gin.parse_config_files_and_bindings([f'gin/runs/{mode}.gin', *files], [], finalize_config=False)
-    known = set(re.findall(r'^(\w+) =', gin.config_str(), re.MULTILINE))
     for binding in bindings:
-      name = binding.split(' = ')[0]
-      if re.fullmatch(r'\w+', name) and name not in known:
-        raise ConfigError(f'Nothing reads {name}{_nearest(name, known)} The names in use are those of the gin files.')
       try:
         gin.parse_config(binding)
       except SyntaxError as error:
-        raise ConfigError(f'--gin.{binding.replace(" = ", "=", 1)} is not a value that gin can read.') from error
+        name, value = binding.split(' = ', 1)
+        raise ConfigError(
+          f'--gin.{name}={value} is not a value that gin can read. Text needs quotes: --gin.{name}="\'{value}\'"'
+        ) from error
+    check_names(gin.config_str(), pathlib.Path(here, 'gin'))
     gin.finalize()
   except OSError as error:
     raise ConfigError(f'{first_line(error)} (gin files are searched in {", ".join(search_paths)}).') from error
   except (ValueError, SyntaxError) as error:
     raise ConfigError(_explain(error)) from error
+
+
+def check_names(config: str, folder: pathlib.Path) -> None:
+  """Sees that every name that is set is read by something, and that every name that is read is set.
+
+  Raises:
+    ConfigError: naming the first that is not, and the nearest that would be.
+  """
+  read = set(re.findall(r'%(\w+)', config)) - {'gin'}
+  read_somewhere = read.union(*(re.findall(r'%(\w+)', path.read_text()) for path in folder.rglob('*.gin')))
+  values = dict(re.findall(r'^(\w+) = (.*)', config, re.MULTILINE))
+  for name in values:
+    if name not in read_somewhere:  # what other modes read is no mistake
+      raise ConfigError(f'Nothing reads {name}{_nearest(name, read)} gin/README.md lists the names.')
+  for name in sorted(read):
+    if values.get(name, '%gin.REQUIRED') == '%gin.REQUIRED':
+      raise ConfigError(f'{name} is not set: gin/experiments/ holds whole recipes, gin/README.md lists the names.')
 
 
 def _explain(error: Exception) -> str:
@@ -127,16 +145,14 @@ def run(flags: argparse.Namespace, bindings: list[str]) -> None:
   if not flags.gin_file:
     raise ConfigError('Which model? Give --gin_file=gin/experiments/quickstart.gin, or another of that folder.')
   parse_gin(flags.run_mode, flags.gin_file, bindings, flags.gin_search_paths.split(','))
-  given = {
-    'dry_run': flags.dry_run or None,
-    'prompts': flags.prompt,
-    'output': flags.output,
-    'config': gin.config_str(),
-  }
+  given = {'dry_run': flags.dry_run or None, 'prompts': flags.prompt, 'output': flags.output}
+  given = {name: value for name, value in given.items() if value is not None}
   accepted = inspect.signature(function).parameters
-  gin.get_configurable(function)(
-    **{key: value for key, value in given.items() if value is not None and key in accepted}
-  )
+  if unused := sorted(set(given) - set(accepted)):
+    raise ConfigError(f'--{unused[0].removesuffix("s")} says nothing to --run_mode={flags.run_mode}.')
+  if 'config' in accepted:
+    given['config'] = gin.config_str()
+  gin.get_configurable(function)(**given)
 
 
 if __name__ == '__main__':

@@ -29,7 +29,7 @@ with quiet_stderr():
 _CONVERTERS = {'decoder_only': seqio.DecoderFeatureConverter, 'encoder_decoder': seqio.EncDecFeatureConverter}
 
 
-def vocabulary(task: str, modules: Sequence[str] = ('tasks.local_text',)) -> seqio.Vocabulary:
+def vocabulary(task: str, modules: Sequence[str]) -> seqio.Vocabulary:
   """The vocabulary of the targets, to turn tokens into text and back."""
   return _provider(task, modules).output_features['targets'].vocabulary
 
@@ -126,7 +126,7 @@ def batches(
   *,
   converter: str,
   sharding: NamedSharding,
-  modules: Sequence[str] = ('tasks.local_text',),
+  modules: Sequence[str],
   vocab_size: int | None = None,
   seed: int = 0,
   shuffle: bool = True,
@@ -170,7 +170,7 @@ def check(
   split: str,
   converter: str,
   sharding: NamedSharding,
-  modules: Sequence[str] = ('tasks.local_text',),
+  modules: Sequence[str],
   vocab_size: int | None = None,
 ) -> None:
   """Sees that `batches` could be made, reading no data.

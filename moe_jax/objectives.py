@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from moe_jax.batch import with_token_counts
-from moe_jax.types import Array, Batch, Metrics, total_loss
+from moe_jax.types import Array, Aux, Batch, Metrics, total_loss
 
 Variables = Mapping[str, Any]
 STATE = 'state'  # the collection of what a model remembers that no gradient trains
@@ -76,7 +76,20 @@ class LanguageModeling:
         loss = (1 - smoothing) * loss + smoothing * jnp.sum(spread * weights) / count
       if z_weight:
         loss += z_weight * jnp.sum(jax.nn.logsumexp(logits, axis=-1) ** 2 * weights) / count
-      auxiliary = total_loss(aux)
+      auxiliary = total_loss(aux) + _reinforced(aux, jax.lax.stop_gradient(cross_entropy), weights)
       metrics |= {'aux_loss': auxiliary, **{f'loss/{key}': value for key, value in aux.losses.items()}}
       loss += auxiliary
     return loss, ({'loss': loss, **metrics, **aux.metrics}, state)
+
+
+def _reinforced(aux: Aux, cross_entropy: Array, weights: Array) -> Array:
+  """All token terms, each times its token's own loss float32[B, L], or its row's mean loss on an encoder's side."""
+  real = weights > 0
+  row_mean = jnp.sum(cross_entropy * real, axis=1) / jnp.maximum(jnp.sum(real, axis=1), 1)
+  total = jnp.float32(0)
+  for name, terms in aux.token_terms.items():
+    reward = row_mean[:, None] if name.startswith('encoder/') else cross_entropy * real
+    total += jnp.sum(
+      jnp.einsum('rbl,bl->r', terms.reshape(-1, *terms.shape[-2:]), jnp.broadcast_to(reward, terms.shape[-2:]))
+    )
+  return total

@@ -29,18 +29,23 @@ class Aux:
   Attributes:
     losses: float32[...] each, already weighted by their coefficients; all of them are added to the training loss.
     metrics: watched, never trained on.
+    token_terms: float32[..., B, L] each, divided by the token count like all else. The objective multiplies each by the
+      token's own task loss, through which no gradient flows, and adds the sum to the training loss: so a router learns
+      by reinforcement from what its choice led to.
   """
 
   losses: dict[str, Array] = struct.field(default_factory=dict)
   metrics: dict[str, Array] = struct.field(default_factory=dict)
+  token_terms: dict[str, Array] = struct.field(default_factory=dict)
 
 
 def nest(**children: Aux) -> Aux:
   """Files each child under its name: `nest(moe=aux)` turns the key 'balance' into 'moe/balance'."""
-  return Aux(
-    losses={f'{name}/{key}': value for name, aux in children.items() for key, value in aux.losses.items()},
-    metrics={f'{name}/{key}': value for name, aux in children.items() for key, value in aux.metrics.items()},
-  )
+
+  def filed(field: str) -> dict[str, Array]:
+    return {f'{name}/{key}': value for name, aux in children.items() for key, value in getattr(aux, field).items()}
+
+  return Aux(filed('losses'), filed('metrics'), filed('token_terms'))
 
 
 def total_loss(aux: Aux) -> Array:

@@ -25,12 +25,6 @@ BYTE_OFFSET = 3  # of seqio.ByteVocabulary: 0 is padding, 1 EOS, 2 unknown
 VALIDATION_SHARE = 1 / 20
 
 
-def describe() -> str:
-  """What the text is, in one line: files, bytes, place."""
-  root, paths = _corpus()
-  return f'{len(paths)} files, {sum(map(os.path.getsize, paths)) / 1e6:.1f} MB under {root}'
-
-
 def split_files(split: str) -> list[str]:
   """The files of 'train' or 'validation', sorted.
 

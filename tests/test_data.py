@@ -15,6 +15,8 @@ TASKS = {
   'local_text_span_corruption': ('encoder_decoder', {'inputs': 32, 'targets': 16}),
 }
 
+MODULES = ('tasks.local_text',)
+
 
 @pytest.fixture(autouse=True)
 def documents(tmp_path, monkeypatch):
@@ -36,7 +38,9 @@ def rows(mesh):
 def batches(rows):
   def make(task='local_text_lm', batch_size=8, split='train', **choices):
     converter, lengths = TASKS[task]
-    return data.batches(task, lengths, batch_size, split, converter=converter, sharding=rows, **choices)
+    return data.batches(
+      task, lengths, batch_size, split, converter=converter, sharding=rows, **{'modules': MODULES, **choices}
+    )
 
   return make
 
@@ -78,7 +82,11 @@ def test_batches_are_as_specified_and_consistent(batches, rows, task, pack):
 
 def test_a_prefix_is_read_and_only_targets_are_learned(rows):
   lengths = {'inputs': 32, 'targets': 16}
-  batch = next(data.batches('local_text_span_corruption', lengths, 8, 'train', converter='decoder_only', sharding=rows))
+  batch = next(
+    data.batches(
+      'local_text_span_corruption', lengths, 8, 'train', converter='decoder_only', sharding=rows, modules=MODULES
+    )
+  )
   assert _spec(batch) == data.batch_spec(lengths, 8, 'decoder_only')
   assert 0 < np.sum(batch['decoder_loss_weights']) < np.sum(batch['decoder_segment_ids'] > 0)
 
@@ -183,7 +191,7 @@ def test_hosts_read_what_their_devices_hold(monkeypatch, starts, expected):
 def test_wishes_that_cannot_be_met_are_refused_in_one_line(rows, change, message):
   wish = {
     'task': 'local_text_lm', 'lengths': {'targets': 32}, 'batch_size': 8, 'split': 'train', 'converter': 'decoder_only',
-    'sharding': rows, 'vocab_size': 384,
+    'sharding': rows, 'vocab_size': 384, 'modules': MODULES,
   }  # fmt: skip
   data.check(**wish)
   with pytest.raises(ConfigError, match=message) as error:
@@ -192,7 +200,6 @@ def test_wishes_that_cannot_be_met_are_refused_in_one_line(rows, change, message
 
 
 def test_tokens_become_text_and_padding_none():
-  vocabulary = data.vocabulary('local_text_span_corruption')
+  vocabulary = data.vocabulary('local_text_span_corruption', MODULES)
   assert vocabulary.vocab_size == 359
-  assert data.text_of([*vocabulary.encode('naïve'), 358, 1, 100, 0], vocabulary) == 'naïve'
-  assert data.text_of([5, 0], seqio.PassThroughVocabulary(10)) == [5]  # which does not know of padding itself
+  assert data.text_of([*vocabulary.encode('naïve'), 358, 1, 100, 0], vocabulary) == 'naïve<1>'

@@ -16,6 +16,7 @@ from moe_jax.training.state import abstract_variables
 from moe_jax.training.step import gradients
 from tests import tiny
 
+REPLICATED = sharding.replicated_rules()
 MESHES = [(1, 1, 1), (2, 4, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2)]
 DISPATCHERS = {'einsum': einsum, 'all_to_all': all_to_all}
 KINDS = {'decoder_only': tiny.decoder_only, 'encoder_decoder': tiny.encoder_decoder}
@@ -70,10 +71,27 @@ def assert_same(actual: Any, expected: Any) -> None:
 @pytest.mark.parametrize('dispatcher', DISPATCHERS)
 @pytest.mark.parametrize('shape', MESHES)
 def test_decoder_only(mesh, shape, dispatcher, microbatches):
-  rules = sharding.fsdp_rules() if shape == (2, 2, 2) else sharding.replicated_rules()
-  actual = one_step(
-    'decoder_only', mesh(*shape), rules, microbatches, initial('decoder_only'), dispatcher=DISPATCHERS[dispatcher]
-  )
+  options = {'dispatcher': DISPATCHERS[dispatcher]}
+  actual = one_step('decoder_only', mesh(*shape), REPLICATED, microbatches, initial('decoder_only'), **options)
+  assert_same(actual, reference('decoder_only'))
+
+
+@pytest.mark.parametrize('dispatcher', DISPATCHERS)
+def test_weights_split_over_the_data_axes(mesh, dispatcher):
+  options = {'dispatcher': DISPATCHERS[dispatcher]}
+  actual = one_step('decoder_only', mesh(2, 2, 2), sharding.fsdp_rules(), 4, initial('decoder_only'), **options)
+  assert_same(actual, reference('decoder_only'))
+
+
+@pytest.mark.parametrize('dispatcher', DISPATCHERS)
+def test_with_all_the_compilers_optimizations(mesh, dispatcher):
+  """The other tests do without most of them, to compile quickly."""
+  try:
+    jax.config.update('jax_disable_most_optimizations', False)
+    options = {'dispatcher': DISPATCHERS[dispatcher]}
+    actual = one_step('decoder_only', mesh(2, 2, 2), REPLICATED, 4, initial('decoder_only'), **options)
+  finally:
+    jax.config.update('jax_disable_most_optimizations', True)
   assert_same(actual, reference('decoder_only'))
 
 
@@ -84,23 +102,17 @@ def test_encoder_decoder(mesh, shape, rules):
   assert_same(actual, reference('encoder_decoder'))
 
 
+@pytest.mark.parametrize('microbatches', [1, 4])
+@pytest.mark.parametrize('dispatcher', DISPATCHERS)
 @pytest.mark.parametrize('shape', [(1, 1, 1), (2, 2, 2)])
-def test_unrolled_equals_scanned(mesh, shape):
+def test_unrolled_equals_scanned(mesh, shape, dispatcher, microbatches):
   stacked = initial('decoder_only')
   repeats = 2
   unrolled = {**stacked, 'stack_0': {}}
   for i in range(repeats):
     unrolled['stack_0'][f'blocks_{i}'] = jax.tree.map(lambda x, i=i: x[i], stacked['stack_0']['blocks'])
-  grads, metrics = one_step(
-    'decoder_only',
-    mesh(*shape),
-    sharding.replicated_rules(),
-    4,
-    unrolled,
-    dispatcher=all_to_all,
-    scan=False,
-    remat='none',
-  )
+  options = {'dispatcher': DISPATCHERS[dispatcher], 'scan': False, 'remat': 'none'}
+  grads, metrics = one_step('decoder_only', mesh(*shape), REPLICATED, microbatches, unrolled, **options)
   blocks = [grads['stack_0'].pop(f'blocks_{i}') for i in range(repeats)]
   grads['stack_0']['blocks'] = jax.tree.map(lambda *leaves: np.stack(leaves), *blocks)
   assert_same((grads, metrics), reference('decoder_only'))

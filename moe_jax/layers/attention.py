@@ -28,7 +28,8 @@ class _Attention(nn.Module):
   Attributes:
     num_heads, head_dim: H and D.
     num_kv_heads: K, fewer than H for grouped queries; None is H.
-    query_scale: multiplies the logits; None is 1/sqrt(D), T5 uses 1.
+    query_scale: multiplies the logits; None is 1/sqrt(D). T5 uses 1 and starts with smaller queries instead, so that
+      logits begin the same.
   """
 
   num_heads: int
@@ -40,7 +41,9 @@ class _Attention(nn.Module):
 
   def project(self, name: str, x: Array, heads: int) -> Array:
     """float[B, L, M] -> float[B, L, heads, D]."""
-    init = sharding.partitioned(self.kernel_init(in_axis=0, out_axis=(1, 2)), 'embed', 'heads', 'head_dim')
+    plain = self.kernel_init(in_axis=0, out_axis=(1, 2))
+    start = self.head_dim**-0.5 / self.query_scale if name == 'query' and self.query_scale else 1.0
+    init = sharding.partitioned(lambda *args: start * plain(*args), 'embed', 'heads', 'head_dim')
     kernel = self.param(name, init, (x.shape[-1], heads, self.head_dim)).astype(self.dtype)
     return sharding.constrain(jnp.einsum('blm,mhd->blhd', x.astype(self.dtype), kernel), 'batch', None, 'heads', None)
 

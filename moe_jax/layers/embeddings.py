@@ -35,7 +35,8 @@ class TokenEmbedding(nn.Module):
   def decode(self, x: Array) -> Array:
     """float[B, L, M] -> logits float32[B, L, V]."""
     if self.tied:
-      logits = jnp.einsum('blm,vm->blv', x * self.embed_dim**-0.5, self.table.astype(self.dtype))
+      x, kernel, letters = x * self.embed_dim**-0.5, self.table, 'blm,vm->blv'
     else:
-      logits = jnp.einsum('blm,mv->blv', x, self.logits_kernel.astype(self.dtype))
-    return constrain(logits.astype(jnp.float32), 'batch', None, 'vocab')
+      kernel, letters = self.logits_kernel, 'blm,mv->blv'
+    logits = jnp.einsum(letters, x, kernel.astype(self.dtype), preferred_element_type=jnp.float32)
+    return constrain(logits, 'batch', None, 'vocab')

@@ -19,7 +19,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-def activate(hidden: Array, activations: Sequence[str]) -> Array:
+def apply_activations(hidden: Array, activations: Sequence[str]) -> Array:
   """The product of one activation per branch: ('gelu', 'linear') is GEGLU, ('relu',) a plain ReLU (Shazeer 2020).
 
   Args:
@@ -58,7 +58,7 @@ class Mlp(nn.Module):
     wo_init = sharding.partitioned(self.kernel_init(in_axis=0, out_axis=1), 'mlp', 'embed')
     wi = self.param('wi', wi_init, (width, branches, self.hidden_dim)).astype(self.dtype)
     wo = self.param('wo', wo_init, (self.hidden_dim, width)).astype(self.dtype)
-    hidden = activate(jnp.einsum('blm,maf->blaf', x.astype(self.dtype), wi), self.activations)
+    hidden = apply_activations(jnp.einsum('blm,maf->blaf', x.astype(self.dtype), wi), self.activations)
     hidden = sharding.constrain(hidden, 'batch', None, 'mlp')
     hidden = nn.Dropout(self.dropout_rate, deterministic=not context.train)(hidden)
     return jnp.einsum('blf,fm->blm', hidden, wo), Aux()

@@ -117,6 +117,8 @@ def interleaved_stack(
     ConfigError: if the layers do not divide into runs.
   """
   period = expert_every or 1
+  if num_layers < 1:
+    raise ConfigError(f'NUM_LAYERS={num_layers}: at least one.')
   if expert_every < 0 or num_layers % period:
     fits = [k for k in range(1, num_layers + 1) if num_layers % k == 0]
     raise ConfigError(

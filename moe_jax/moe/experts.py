@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from moe_jax import sharding
 from moe_jax.layers.initializers import fan_in
-from moe_jax.layers.mlp import activate
+from moe_jax.layers.mlp import apply_activations
 from moe_jax.types import Array, Dtype, Initializer
 
 Weights = dict[str, Array]
@@ -35,12 +35,12 @@ def expert_mlp(weights: Weights, slots: Array, activations: Sequence[str]) -> Ar
   Args:
     weights: 'wi' float[E, M, A, F] and 'wo' float[E, F, M]; A branches, F hidden.
     slots: float[G, E, C, M].
-    activations: one per branch, see `layers.mlp.activate`.
+    activations: one per branch, see `layers.mlp.apply_activations`.
 
   Returns:
     float[G, E, C, M].
   """
-  hidden = activate(jnp.einsum('gecm,emaf->gecaf', slots, weights['wi']), activations)
+  hidden = apply_activations(jnp.einsum('gecm,emaf->gecaf', slots, weights['wi']), activations)
   return jnp.einsum('gecf,efm->gecm', hidden, weights['wo'])
 
 

@@ -4,6 +4,7 @@ Letters, here and in all of `moe/`: B batch, L length, M model width, G groups, 
 K choices a token, F hidden width of an expert.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -101,4 +102,7 @@ class MoELayer(nn.Module):
     plan, aux = self.router(num_experts=self.num_experts, name='router')(tokens, routing_context)
     bank = self.experts(num_experts=self.num_experts, features=width, name='experts')()
     y = self.dispatcher(bank, tokens, plan)
-    return sharding.constrain(y.reshape(batch, length, width), 'batch', None, None), aux
+    terms = {name: term.reshape(batch, length) for name, term in aux.token_terms.items()}
+    return sharding.constrain(y.reshape(batch, length, width), 'batch', None, None), dataclasses.replace(
+      aux, token_terms=terms
+    )

@@ -4,6 +4,7 @@ Letters: G groups, S tokens a group, E experts, C capacity (slots per expert per
 """
 
 import math
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -64,18 +65,56 @@ def expert_capacity(choices: int, num_experts: int, factor: float, multiple_of: 
   return max(1, math.ceil(slots / multiple_of)) * multiple_of
 
 
-def assign_slots(expert_index: Array, num_experts: int, valid: Array) -> Array:
+@struct.dataclass
+class SoftRoutingPlan:
+  """A plan without choices: every slot holds a mixture of tokens, and every token gets a mixture of slots.
+
+  Attributes:
+    dispatch: float32[G, S, E, C], weight of token s in slot c of expert e.
+    combine: float32[G, S, E, C], weight of that slot's output in the token's.
+  """
+
+  dispatch: Array
+  combine: Array
+
+  def dispatch_array(self, dtype: Dtype) -> Array:
+    """As `RoutingPlan.dispatch_array`, with weights for ones."""
+    return self.dispatch.astype(dtype)
+
+  def combine_array(self, dtype: Dtype) -> Array:
+    """As `RoutingPlan.combine_array`."""
+    return self.combine.astype(dtype)
+
+
+class DensePlan(Protocol):
+  """What one-hot dispatchers need of a plan."""
+
+  def dispatch_array(self, dtype: Dtype) -> Array: ...
+  def combine_array(self, dtype: Dtype) -> Array: ...
+
+
+def assign_slots(expert_index: Array, num_experts: int, valid: Array, priority: Array | None = None) -> Array:
   """Gives every choice the next free slot of its expert: first choices before second, then in token order.
 
   Args:
     expert_index: int32[G, S, K].
     num_experts: E.
     valid: bool[G, S]; padding takes no slot.
+    priority: float32[G, S], to go by instead of token order, highest first (Batch Prioritized Routing, Riquelme et al.
+      2021). Not causal: whether a token is dropped then depends on later ones.
 
   Returns:
     int32[G, S, K]. The caller's capacity decides which slots exist; padding gets S * K, which never does.
   """
   groups, tokens, choices = expert_index.shape
+  if priority is not None:
+    order = jnp.argsort(-priority, axis=1, stable=True)
+    slots = assign_slots(
+      jnp.take_along_axis(expert_index, order[..., None], axis=1),
+      num_experts,
+      jnp.take_along_axis(valid, order, axis=1),
+    )
+    return jnp.take_along_axis(slots, jnp.argsort(order, axis=1)[..., None], axis=1)
   one_hot = jax.nn.one_hot(expert_index, num_experts, dtype=jnp.int32) * valid[:, :, None, None]
   in_order = one_hot.swapaxes(1, 2).reshape(groups, choices * tokens, num_experts)
   before = jnp.cumsum(in_order, axis=1) - in_order

@@ -11,7 +11,7 @@ import numpy as np
 
 from moe_jax.objectives import LanguageModeling
 from moe_jax.runs.progress import describe_loss, say
-from moe_jax.runs.setup import Data, Devices, restore, trained
+from moe_jax.runs.setup import Data, Devices, at_least_one, restore, trained
 from moe_jax.training.metrics import averaged, with_bits_per_byte
 from moe_jax.training.step import eval_step
 
@@ -42,8 +42,12 @@ def evaluate(
   Raises:
     ConfigError: if there is no checkpoint, or the task has no such split.
   """
+  if eval_steps is not None:
+    at_least_one(EVAL_STEPS=eval_steps)
   program, checkpointer = trained(model_dir, objective, data, devices)
-  measure = jax.jit(functools.partial(eval_step, objective=data.tell_bytes(objective)))
+  measure = jax.jit(
+    functools.partial(eval_step, objective=data.tell_bytes(objective)), out_shardings=program.everywhere
+  )
   results = []
   with program.activate(), checkpointer:
     for step in checkpointer.all_steps()[0 if all_checkpoints else -1 :]:

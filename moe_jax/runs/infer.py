@@ -13,7 +13,7 @@ import numpy as np
 from moe_jax import sharding
 from moe_jax.decode import Strategy, decode
 from moe_jax.objectives import Objective
-from moe_jax.runs.setup import Data, Devices, Program, restore, trained, variables_of
+from moe_jax.runs.setup import Data, Devices, Program, at_least_one, restore, trained, variables_of
 from moe_jax.types import ConfigError
 
 Variables = Mapping[str, Any]
@@ -66,6 +66,7 @@ def infer(
   """
   from moe_jax.data import text_of  # imports TensorFlow
 
+  at_least_one(MAX_NEW_TOKENS=max_new_tokens, **({} if num_examples is None else {'NUM_EXAMPLES': num_examples}))
   program, checkpointer = trained(model_dir, objective, data, devices)
   vocabulary = data.vocabulary()
   path = Path(output or Path(model_dir) / 'inference.jsonl').expanduser()
@@ -86,19 +87,6 @@ def infer(
   return path
 
 
-def continue_text(
-  program: Program,
-  variables: Variables,
-  data: Data,
-  prompt: str,
-  strategy: Strategy,
-  max_new_tokens: int,
-  seed: int = 0,
-) -> str:
-  """What the model writes after a prompt, or as its output where it has an encoder."""
-  return continue_example(program, variables, data, example_of(prompt, data), strategy, max_new_tokens, seed)
-
-
 def continue_example(
   program: Program,
   variables: Variables,
@@ -108,7 +96,7 @@ def continue_example(
   max_new_tokens: int,
   seed: int = 0,
 ) -> str:
-  """As `continue_text`, of tokens that text may not tell, such as sentinels."""
+  """What the model writes after an example's tokens, or as its output where it has an encoder."""
   from moe_jax.data import text_of
 
   with program.activate():
@@ -126,7 +114,7 @@ def task_examples(program: Program, data: Data, split: str) -> Iterator[Example]
   from moe_jax.data import text_of
 
   vocabulary = data.vocabulary()
-  fetch = jax.jit(lambda batch: batch, out_shardings=sharding.named_sharding(program.mesh))  # whole, on every host
+  fetch = jax.jit(lambda batch: batch, out_shardings=program.everywhere)  # whole, on every host
   for batch in data.batches(program.mesh, split, shuffle=False, num_epochs=1, pack=False):
     rows = {name: np.asarray(value) for name, value in fetch(batch).items()}
     for targets, weights, *inputs in zip(
@@ -160,9 +148,7 @@ def generate(
   """
   eos_id = data.vocabulary().eos_id
   options = {'max_new_tokens': max_new_tokens, 'strategy': strategy, 'eos_id': eos_id}
-  run = jax.jit(
-    functools.partial(decode, program.objective.model, **options), out_shardings=sharding.named_sharding(program.mesh)
-  )
+  run = jax.jit(functools.partial(decode, program.objective.model, **options), out_shardings=program.everywhere)
   size, ways = data.batch_size, sharding.shards('batch')
   spec, begin = data.spec(), [[0]] * len(prompts)
   if 'encoder_input_tokens' in spec:

@@ -155,8 +155,10 @@ def expert_load_matrix(run: Run) -> tuple[list[str], np.ndarray]:
 def key_figures(run: Run) -> dict[str, Any]:
   """What the cards and the comparison show: summary.json, and what the log adds. None or NaN is unknown."""
   loads, dropped = expert_load_matrix(run)[1], [layer.last for layer in layer_curves(run, 'dropped_choices')]
+  times = curve(run, 'step_seconds')  # means since the line before
   return {
     'name': run.name,
+    'train_seconds': float(np.nansum(times.values * np.diff(times.steps, prepend=0))),
     'validation_bits_per_byte': curve(run, 'bits_per_byte', 'validation').last,
     'tokens_per_second': curve(run, 'tokens_per_second').median,
     'step': max(rows[-1]['step'] for rows in run.rows.values()),

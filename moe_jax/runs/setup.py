@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe_jax import sharding
 from moe_jax.batch import batch_spec
@@ -135,6 +135,11 @@ class Program:
     """Enters the mesh and its rules."""
     return sharding.activate(self.mesh, self.rules)
 
+  @property
+  def everywhere(self) -> NamedSharding:
+    """The sharding of what every host reads whole."""
+    return NamedSharding(self.mesh, PartitionSpec())
+
 
 def build(
   objective: Objective, optimizer: OptimizerFactory, data: Data, devices: Devices, seed: int = 0, microbatches: int = 1
@@ -163,10 +168,12 @@ def open_model_dir(path: str) -> Path:
   Raises:
     ConfigError: if it cannot be written to.
   """
+  if '://' in path:
+    raise ConfigError(f'MODEL_DIR {path!r} is remote, which is not supported yet: choose a folder, mounted if need be.')
   folder = Path(path).expanduser()
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / '.writable'
+    probe = folder / f'.writable_{jax.process_index()}'
     probe.write_text('')
     probe.unlink()
   except OSError as error:
@@ -199,3 +206,10 @@ def restore(program: Program, checkpointer: Checkpointer, step: int | None = Non
 def variables_of(state: TrainState) -> dict[str, Any]:
   """What a model is applied with."""
   return {'params': state.params, **state.variables}
+
+
+def at_least_one(**numbers: int) -> None:
+  """Raises ConfigError, naming the first number that is not a whole number of at least 1."""
+  for name, value in numbers.items():
+    if not isinstance(value, int) or value < 1:
+      raise ConfigError(f'{name}={value!r}: a whole number of at least 1 is wanted.')

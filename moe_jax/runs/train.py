@@ -17,7 +17,7 @@ from moe_jax.objectives import LanguageModeling
 from moe_jax.runs import infer
 from moe_jax.runs.progress import Progress, describe_loss, say
 from moe_jax.runs.report import report
-from moe_jax.runs.setup import Data, Devices, Program, build, open_model_dir, variables_of
+from moe_jax.runs.setup import Data, Devices, Program, at_least_one, build, open_model_dir, variables_of
 from moe_jax.training.checkpoints import Checkpointer
 from moe_jax.training.metrics import MetricsLog, averaged, with_bits_per_byte
 from moe_jax.training.state import OptimizerFactory, TrainState
@@ -69,16 +69,22 @@ def train(
   Raises:
     ConfigError: if the pieces do not fit together, or the loss is no longer a number.
   """
+  at_least_one(
+    TRAIN_STEPS=train_steps, EVAL_STEPS=eval_steps, EVAL_PERIOD=eval_period, CHECKPOINT_PERIOD=checkpoint_period,
+    LOG_PERIOD=log_period, MICROBATCHES=microbatches, BATCH_SIZE=data.batch_size,
+  )  # fmt: skip
   program = build(objective, optimizer, data, devices, seed, microbatches)
   summary = describe(program)
   say(f'{summary["parameters"]:,} parameters, {summary["active_parameters"]:,} active per token')
   say(f'{summary["devices"]} {summary["platform"]} devices, mesh {summary["mesh"]}')
   say('bytes per device: ' + ', '.join(f'{name} {size:,}' for name, size in summary['bytes_per_device'].items()))
   if dry_run:
+    with program.activate():  # traces the whole step, where what does not fit shows
+      options = {'objective': objective, 'transform': program.transform, 'microbatches': microbatches}
+      jax.eval_shape(functools.partial(train_step, **options), program.state_spec, program.batch_spec)
     return summary
 
-  folder = open_model_dir(model_dir)
-  (folder / 'config.gin').write_text(config)
+  folder, main = open_model_dir(model_dir), jax.process_index() == 0
   objective = data.tell_bytes(objective)
 
   with program.activate(), Checkpointer(folder, keep=checkpoints_to_keep) as checkpointer:
@@ -90,6 +96,8 @@ def train(
       state = checkpointer.restore(program.state_spec, batches)
       say(f'Going on from step {int(state.step)} in {checkpointer.directory}')
     first = int(state.step)
+    if main:  # only now: what does not fit the run leaves its configuration alone
+      (folder / 'config.gin').write_text(config)
 
     # ---- Compile ----------------------------------------------------------------------------------------------------
     update = jax.jit(
@@ -97,9 +105,9 @@ def train(
         train_step, objective=objective, transform=program.transform, microbatches=microbatches, seed=seed
       ),
       donate_argnums=0,
-      out_shardings=(jax.tree.map(lambda x: x.sharding, program.state_spec), None),
+      out_shardings=(jax.tree.map(lambda x: x.sharding, program.state_spec), program.everywhere),
     )
-    evaluate = jax.jit(functools.partial(eval_step, objective=objective))
+    evaluate = jax.jit(functools.partial(eval_step, objective=objective), out_shardings=program.everywhere)
 
     def validate(state: TrainState) -> dict[str, Any]:
       held_out = data.held_out(program.mesh)
@@ -107,7 +115,7 @@ def train(
 
     # ---- Train ------------------------------------------------------------------------------------------------------
     with MetricsLog(folder, resume_step=first) as log, Progress(first, train_steps) as progress:
-      started = logged = time.perf_counter()
+      logged = time.perf_counter()
       waiting: list[tuple[int, Any]] = []
       for step in range(first + 1, train_steps + 1):
         state, metrics = update(state, next(batches))
@@ -133,7 +141,6 @@ def train(
         if step % checkpoint_period == 0 or last:
           checkpointer.save(state, batches)
           logged = time.perf_counter()
-    summary['train_seconds'] = time.perf_counter() - started
     if first >= train_steps:
       say(f'Nothing left to train: TRAIN_STEPS={train_steps} and the run is at step {first}.')
       summary['validation_bits_per_byte'] = validate(state).get('bits_per_byte')
@@ -142,9 +149,10 @@ def train(
     summary |= baselines(program, data, eval_steps)
     if strategy:
       summary['sample'] = sample(program, variables_of(state), data, strategy, max_new_tokens)
-  (folder / 'summary.json').write_text(json.dumps(summary, indent=2))
-  summary['report'] = str(report([str(folder)]))
-  say_results(summary)
+  if main:
+    (folder / 'summary.json').write_text(json.dumps(summary, indent=2))
+    summary['report'] = str(report([str(folder)]))
+    say_results(summary)
   return summary
 
 
@@ -169,7 +177,8 @@ def say_results(summary: dict[str, Any]) -> None:
   if summary.get('validation_bits_per_byte'):
     say('\nvalidation, in bits per byte')
     for name, key in [('this model', 'validation'), ('zlib -9', 'zlib'), ('byte unigrams', 'unigram')]:
-      say(f'  {summary[f"{key}_bits_per_byte"]:6.3f}  {name}')
+      if f'{key}_bits_per_byte' in summary:
+        say(f'  {summary[f"{key}_bits_per_byte"]:6.3f}  {name}')
   if 'sample' in summary:
     say(f'\na text it has not seen\n{summary["sample"]["prompt"]}')
     say(f'\n... and how it goes on\n{summary["sample"]["continuation"]}')
@@ -178,7 +187,7 @@ def say_results(summary: dict[str, Any]) -> None:
 
 def check_finite(step: int, values: Any, checkpointer: Checkpointer) -> None:
   """Stops a run whose loss or gradient is no longer a number, before that is saved."""
-  for name in ('loss', 'gradient_norm'):
+  for name in ('loss', 'gradient_norm', 'parameter_norm'):
     if not np.isfinite(values[name]):
       checkpointer.wait()
       saved = checkpointer.latest_step()
@@ -189,18 +198,21 @@ def check_finite(step: int, values: Any, checkpointer: Checkpointer) -> None:
 
 
 def baselines(program: Program, data: Data, eval_steps: int) -> dict[str, float]:
-  """What a byte-unigram model and `zlib -9` need for the bytes that validation measured."""
+  """What a byte-unigram model and `zlib -9` need for the bytes that validation measured, where tokens are bytes."""
+  from moe_jax.data import bytes_of
+
   vocabulary = data.vocabulary()
+  fetch = jax.jit(lambda rows: rows, out_shardings=program.everywhere)  # whole, on every host
 
   def text(batches: Iterator[Batch]) -> bytes:
-    from moe_jax.data import bytes_of
-
-    targets = (batch['decoder_target_tokens'] for batch in itertools.islice(batches, eval_steps))
+    targets = (fetch(batch['decoder_target_tokens']) for batch in itertools.islice(batches, eval_steps))
     return b''.join(bytes_of(np.asarray(rows), vocabulary) for rows in targets)
 
-  held_out = text(data.held_out(program.mesh))
+  held_out, seen = text(data.held_out(program.mesh)), text(data.batches(program.mesh, 'train'))
+  if not held_out:
+    return {}
   return {
-    'unigram_bits_per_byte': compression.unigram_bits_per_byte(text(data.batches(program.mesh, 'train')), held_out),
+    'unigram_bits_per_byte': compression.unigram_bits_per_byte(seen, held_out),
     'zlib_bits_per_byte': compression.zlib_bits_per_byte(held_out),
   }
 

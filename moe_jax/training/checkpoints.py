@@ -25,14 +25,11 @@ class SavableIterator(Iterator[Batch], Protocol):
 class _IteratorHandler(ocp.CheckpointHandler):
   """Saves each host's data iterator beside the state. Done before training goes on, since the next batch moves it."""
 
-  def _path(self, directory: Any) -> str:
-    return str(directory / f'host_{jax.process_index()}_of_{jax.process_count()}')
-
   def save(self, directory: Any, args: '_SaveIterator') -> None:
-    args.iterator.save(self._path(directory))
+    args.iterator.save(str(directory / 'iterator'))
 
   def restore(self, directory: Any, args: '_RestoreIterator') -> SavableIterator:
-    args.iterator.restore(self._path(directory))
+    args.iterator.restore(str(directory / 'iterator'))
     return args.iterator
 
 
@@ -112,22 +109,24 @@ class Checkpointer:
       restored = self._manager.restore(step, args=ocp.args.Composite(**items))
     except ConfigError:
       raise
-    except Exception as error:
+    except (ValueError, OSError, KeyError) as error:
+      reason = (str(error).splitlines() or [type(error).__name__])[0][:80]
       raise ConfigError(
-        f'The checkpoint {self.directory}/{step} cannot be read ({str(error).splitlines()[0][:80]}...):'
-        ' remove that folder to go on from the one before.'
+        f'The checkpoint {self.directory}/{step} cannot be read ({reason}...):'
+        ' move that folder aside to go on from the one before.'
       ) from error
     logging.info('Restored step %d from %s', step, self.directory)
     return dataclasses.replace(state_spec, **restored['state'])
 
   def _check_shapes(self, wanted: PyTree, step: int | None) -> None:
     metadata = self._manager.item_metadata(step)['state']
-    saved = _shapes(getattr(metadata, 'tree', metadata))
-    for path, shape in _shapes(wanted).items():
-      if saved.get(path) != shape:
-        found = f'has shape {saved[path]}' if path in saved else 'is missing'
+    tree = getattr(metadata, 'tree', metadata)
+    saved, here = _shapes({key: tree.get(key) for key in wanted}), _shapes(wanted)
+    for path in [*here, *saved]:
+      if saved.get(path) != here.get(path):
+        there, now = (f'has shape {shapes[path]}' if path in shapes else 'is missing' for shapes in (saved, here))
         raise ConfigError(
-          f'The checkpoint {self.directory}/{step} is of another model: {path} {found} there and {shape} here.'
+          f'The checkpoint {self.directory}/{step} is of another model: {path} {there} there and {now} here.'
           ' Use its configuration (config.gin beside it), or another MODEL_DIR.'
         )
 

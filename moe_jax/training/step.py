@@ -63,6 +63,7 @@ def train_step(
   updates, opt_state = transform.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   metrics['gradient_norm'] = optax.global_norm(grads)
+  metrics['parameter_norm'] = optax.global_norm(params)  # after the update: what is no number shows before it is saved
   return TrainState(state.step + 1, params, opt_state, variables), metrics
 
 

@@ -166,3 +166,12 @@ def test_bfloat16_keeps_float32_weights():
   assert y.dtype == 'bfloat16'
   expected = apply(SelfAttention(H, D, rotary_base=100.0), weights(), X, context())
   np.testing.assert_allclose(y.astype('float32')[REAL], expected[REAL], atol=0.05)
+
+
+def test_logits_begin_alike_whatever_the_query_scale(getkey):
+  """T5 multiplies by 1 and starts with queries that are smaller by 1/sqrt(D)."""
+  x = jax.random.normal(getkey(), (1, 4, 64))
+  context = Context(jnp.ones((1, 4), jnp.int32), jnp.arange(4, dtype=jnp.int32)[None], jnp.float32(4))
+  plain, t5 = (SelfAttention(num_heads=2, head_dim=16, query_scale=scale) for scale in (None, 1.0))
+  outputs = [layer.apply(nn.unbox(layer.init(jax.random.key(0), x, context)), x, context)[0] for layer in (plain, t5)]
+  np.testing.assert_allclose(*outputs, rtol=1e-5, atol=1e-6)

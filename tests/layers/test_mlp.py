@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moe_jax.layers.context import Context
-from moe_jax.layers.mlp import ACTIVATIONS, Mlp, activate
+from moe_jax.layers.mlp import ACTIVATIONS, Mlp, apply_activations
 from moe_jax.types import Aux
 
 B, L, M, F = 2, 3, 4, 6
@@ -48,7 +48,7 @@ def test_activations():
   x = np.linspace(-4, 4, 9, dtype=np.float32)
   assert ACTIVATIONS.keys() == BY_HAND.keys()
   for name, by_hand in BY_HAND.items():
-    np.testing.assert_allclose(activate(jnp.asarray(x)[None], (name,)), by_hand(x), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(apply_activations(jnp.asarray(x)[None], (name,)), by_hand(x), rtol=1e-4, atol=1e-5)
 
 
 def test_dropout_is_for_training():

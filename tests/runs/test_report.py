@@ -18,11 +18,9 @@ SUMMARY: dict[str, Any] = {
   'devices': 8,
   'platform': 'cpu',
   'mesh': {'data': 1, 'expert': 8, 'model': 1},
-  'train_seconds': 90,
   'validation_bits_per_byte': 2.125,
   'unigram_bits_per_byte': 4.875,
   'zlib_bits_per_byte': 2.75,
-  'corpus': 'a small corpus',
   'sample': {'prompt': 'def f(x):', 'continuation': '<script>alert(1)</script> & more'},
 }
 
@@ -126,7 +124,7 @@ def test_page_is_self_contained_and_tells_the_numbers(quickstart: Path):
   assert not re.search(r'url\((?!#)', page)
   assert '#fe01' not in page and 'var(--run-0)' in page  # every placeholder colour became a variable
   for words in ('2.125', 'unigram 4.875', 'zlib -9 2.750', '24.8M', '9.9M active', '20k', '8 cpu', 'expert 8',
-                'takes 2.0× its share', 'a small corpus', 'NUM_EXPERTS = 4', 'stack_0 · moe · 1'):  # fmt: skip
+                'takes 2.0× its share', 'NUM_EXPERTS = 4', 'stack_0 · moe · 1'):  # fmt: skip
     assert words in page, words
 
 

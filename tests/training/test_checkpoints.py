@@ -84,10 +84,23 @@ def test_another_model_is_refused_by_name(tmp_path, mesh):
   _, spec = prepare(mesh(), num_layers=8)
   with (
     Checkpointer(tmp_path) as checkpointer,
-    pytest.raises(ConfigError, match='is of another model: .*blocks.*') as error,
+    pytest.raises(ConfigError, match=r'is of another model: .*blocks.*') as error,
   ):
     checkpointer.restore(spec)
   assert '\n' not in str(error.value)
+
+
+def test_a_shallower_model_is_refused_too(tmp_path, mesh):
+  """Though all it wants is there."""
+  make_state, _ = prepare(mesh(), scan=False)
+  with sharding.activate(mesh(), RULES), Checkpointer(tmp_path) as checkpointer:
+    checkpointer.save(make_state().replace(step=np.int32(5)), Counter())
+  _, spec = prepare(mesh(), scan=False, num_layers=2)
+  with (
+    Checkpointer(tmp_path) as checkpointer,
+    pytest.raises(ConfigError, match=r'blocks_1.* there and is missing here'),
+  ):
+    checkpointer.restore(spec)
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path, mesh):

@@ -8,19 +8,19 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.moe.experts import ExpertBank, Weights
-from moe_jax.moe.routing_plan import RoutingPlan
+from moe_jax.moe.routing_plan import DensePlan
 from moe_jax.sharding import spec
 from moe_jax.types import Array
 
 
-def all_to_all(experts: ExpertBank, tokens: Array, plan: RoutingPlan) -> Array:
+def all_to_all(experts: ExpertBank, tokens: Array, plan: DensePlan) -> Array:
   """See `Dispatcher`."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return _journey(experts.weights, tokens, plan, experts, expert_axis=None, hidden_axis=None)
   (expert_axis,), (hidden_axis,) = spec('expert'), spec('expert_mlp')
 
-  def local(weights: Weights, tokens: Array, plan: RoutingPlan) -> Array:
+  def local(weights: Weights, tokens: Array, plan: DensePlan) -> Array:
     return _journey(weights, tokens, plan, experts, expert_axis, hidden_axis)
 
   # Weights split along 'embed' (FSDP) are gathered on the way in, and their gradients scattered on the way out.
@@ -39,7 +39,7 @@ def all_to_all(experts: ExpertBank, tokens: Array, plan: RoutingPlan) -> Array:
 def _journey(
   weights: Weights,
   tokens: Array,
-  plan: RoutingPlan,
+  plan: DensePlan,
   experts: ExpertBank,
   expert_axis: str | None,
   hidden_axis: str | None,

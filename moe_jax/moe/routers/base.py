@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from moe_jax import sharding
-from moe_jax.moe.routing_plan import RoutingPlan, expert_capacity
+from moe_jax.moe.routing_plan import RoutingPlan, assign_slots, expert_capacity
 from moe_jax.types import Array, Aux
 
 
@@ -56,6 +56,15 @@ class Router(nn.Module):
     if factor is None:
       return group_size
     return min(group_size, expert_capacity(group_size, self.num_experts, factor))
+
+  def plan(
+    self, expert_index: Array, gates: Array, context: RoutingContext, priority: Array | None = None
+  ) -> RoutingPlan:
+    """Gives slots to choices int32[G, S, K] as far as they go round; those keep their gates float32[G, S, K]."""
+    capacity = self.capacity(expert_index.shape[1], context.train)
+    slot_index = assign_slots(expert_index, self.num_experts, context.valid, priority)
+    kept = jnp.where(slot_index < capacity, gates, 0.0)
+    return RoutingPlan(expert_index, slot_index, kept, self.num_experts, capacity)
 
   def logits(self, tokens: Array) -> Array:
     """float[G, S, M] -> float32[G, S, E]; in float32 whatever the activations (Fedus et al. 2021, section 2.4)."""

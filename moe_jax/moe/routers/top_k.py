@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from moe_jax.moe import router_losses
 from moe_jax.moe.routers.base import Router, RoutingContext
-from moe_jax.moe.routing_plan import RoutingPlan, assign_slots
+from moe_jax.moe.routing_plan import RoutingPlan
 from moe_jax.types import Array, Aux, ConfigError
 
 Gates = Literal['raw', 'renormalised']
@@ -57,10 +57,7 @@ class TopKRouter(Router):
     if self.gates == 'renormalised':
       gates /= jnp.sum(gates, axis=-1, keepdims=True)
 
-    capacity = self.capacity(tokens.shape[1], context.train)
-    slot_index = assign_slots(expert_index, self.num_experts, context.valid)
-    gates = jnp.where(slot_index < capacity, gates, 0.0)
-    plan = RoutingPlan(expert_index, slot_index, gates, self.num_experts, capacity)
+    plan = self.plan(expert_index, gates, context)
 
     valid, count = context.valid, context.token_count
     balance = router_losses.load_balance_loss(probs, expert_index[..., :1], valid, count)

@@ -1,0 +1,45 @@
+"""Every gin file is good for something."""
+
+import pathlib
+
+import gin
+import pytest
+
+import run
+
+ROOT = pathlib.Path(__file__).parents[1]
+FOLDER = ROOT / 'gin'
+EXPERIMENTS = sorted(FOLDER.glob('experiments/*.gin'))
+CHOICES = sorted(
+  path for kind in ('routers', 'dispatchers', 'meshes', 'optimizers') for path in FOLDER.glob(f'{kind}/*.gin')
+)
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch):
+  monkeypatch.chdir(ROOT)
+  gin.clear_config()
+  yield
+  gin.clear_config()
+
+
+@pytest.mark.parametrize('experiment', EXPERIMENTS, ids=lambda path: path.stem)
+def test_experiments_build_and_trace(experiment):
+  assert run.main(['--debug', '--dry_run', f'--gin_file={experiment}']) == 0
+
+
+@pytest.mark.parametrize('choice', CHOICES, ids=lambda path: str(path.relative_to(FOLDER).with_suffix('')))
+def test_every_choice_goes_with_the_quickstart(choice):
+  files = [f'--gin_file={FOLDER}/experiments/quickstart.gin', f'--gin_file={choice}']
+  assert run.main(['--debug', '--dry_run', *files]) == 0
+
+
+def test_a_name_that_nothing_reads_is_an_error_in_a_file_too(tmp_path, capsys):
+  (tmp_path / 'mine.gin').write_text("include 'gin/experiments/quickstart.gin'\nEVAL_STEP = 3\n")
+  assert run.main(['--dry_run', f'--gin_file={tmp_path / "mine.gin"}']) == 1
+  assert 'Nothing reads EVAL_STEP: did you mean EVAL_STEPS?' in capsys.readouterr().err
+
+
+def test_the_folder_is_no_package():
+  assert not (FOLDER / '__init__.py').exists()
+  assert 'site-packages' in gin.__file__
