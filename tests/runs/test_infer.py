@@ -83,7 +83,9 @@ def test_a_run_is_decoded_and_measured(run, capsys):
   assert all(set(line) == {'inputs', 'prediction', 'score'} and line['score'] < 0 for line in written)
   variables = inference.variables_of(state)
   first, *_, last = written
-  assert first['prediction'] == inference.continue_text(program, variables, data, first['inputs'], GREEDY, 4)
+  assert first['prediction'] == inference.continue_example(
+    program, variables, data, inference.example_of(first['inputs'], data), GREEDY, 4
+  )
   with program.activate():
     tokens = inference.example_of(last['inputs'], data).tokens
     ((_, score),) = inference.generate(program, variables, data, [tokens], GREEDY, 4)
