@@ -8,6 +8,7 @@ Features carry seqio's names and are all [B, L], packed or not:
   decoder_segment_ids    int32    1, 2, ... for the examples packed in a row; 0 is padding
   decoder_positions      int32    from 0 in each segment
   encoder_input_tokens, encoder_segment_ids, encoder_positions    int32, with an encoder only
+  decoder_task_ids       int32    the task, language or domain of each token, from 1; only where the data name them
 """
 
 from collections.abc import Mapping
@@ -31,10 +32,12 @@ def batch_spec(lengths: Mapping[str, int], batch_size: int, converter: str) -> d
     converter: 'decoder_only' or 'encoder_decoder'.
   """
   if converter == 'decoder_only':
-    columns = {f'decoder_{name}': sum(lengths.values()) for name in _DECODER}
+    columns = {f'decoder_{name}': lengths['targets'] + lengths.get('inputs', 0) for name in _DECODER}
   else:
     columns = {f'decoder_{name}': lengths['targets'] for name in _DECODER}
     columns |= {f'encoder_{name}': lengths['inputs'] for name in _ENCODER}
+  if 'task_ids' in lengths:
+    columns['decoder_task_ids'] = lengths['task_ids']
   dtypes = {'decoder_loss_weights': jnp.float32}
   return {name: jax.ShapeDtypeStruct((batch_size, n), dtypes.get(name, jnp.int32)) for name, n in columns.items()}
 

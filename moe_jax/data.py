@@ -29,6 +29,21 @@ with quiet_stderr():
 _CONVERTERS = {'decoder_only': seqio.DecoderFeatureConverter, 'encoder_decoder': seqio.EncDecFeatureConverter}
 
 
+class _NamesTasks(seqio.LMFeatureConverter):
+  """A plain language model's features, and the task of each target token."""
+
+  _IDS = seqio.FeatureConverter.FeatureSpec(dtype=tf.int32)
+  TASK_FEATURES = {**seqio.LMFeatureConverter.TASK_FEATURES, 'task_ids': _IDS}
+  MODEL_FEATURES = {**seqio.LMFeatureConverter.MODEL_FEATURES, 'decoder_task_ids': _IDS}
+
+  def _convert_example(self, features: Mapping[str, tf.Tensor]) -> Mapping[str, tf.Tensor]:
+    return {**super()._convert_example(features), 'decoder_task_ids': features['task_ids']}
+
+  def get_model_feature_lengths(self, task_feature_lengths: Mapping[str, int]) -> Mapping[str, int]:
+    lengths = super().get_model_feature_lengths(task_feature_lengths)
+    return {**lengths, 'decoder_task_ids': task_feature_lengths['task_ids']}
+
+
 def vocabulary(task: str, modules: Sequence[str]) -> seqio.Vocabulary:
   """The vocabulary of the targets, to turn tokens into text and back."""
   return _provider(task, modules).output_features['targets'].vocabulary
@@ -190,6 +205,8 @@ def check(
     raise ConfigError(
       f'TASK_FEATURE_LENGTHS={dict(lengths)} do not suit a model that is {converter} and {task}, which has {have}.'
     )
+  if 'task_ids' in lengths and (converter != 'decoder_only' or lengths['task_ids'] != lengths['targets']):
+    raise ConfigError("'task_ids' go with 'targets' of the same length and a decoder-only model, for now.")
   needed = max(provider.output_features[name].vocabulary.vocab_size for name in lengths)
   if vocab_size is not None and vocab_size < needed:
     raise ConfigError(f'VOCAB_SIZE={vocab_size} is less than the {needed} token ids of {task}: raise it.')
@@ -221,9 +238,8 @@ def _examples(
   **order: int | bool | None,
 ) -> tf.data.Dataset:
   """The rows of one shard, with at least the features of `batch_spec`. order: shuffle, num_epochs, seed."""
-  rows = seqio.get_dataset(
-    task, dict(lengths), _CONVERTERS[converter](pack=pack), split, shard_info=shard, verbose=False, **order
-  )
+  convert = _NamesTasks if 'task_ids' in lengths else _CONVERTERS[converter]
+  rows = seqio.get_dataset(task, dict(lengths), convert(pack=pack), split, shard_info=shard, verbose=False, **order)
   return rows if pack else rows.map(_as_one_segment)
 
 

@@ -39,12 +39,16 @@ class LanguageModeling:
     model: `DecoderOnly` or `EncoderDecoder`.
     z_loss: weight of log(Z)^2 of the vocabulary softmax (1e-4 in T5X and GLaM).
     label_smoothing: share of the target spread over the vocabulary.
+    consistency: if not 0, the model is applied twice in training, with different random draws; the loss is that of both
+      plus this times the divergence of their predictions (THOR, Zuo et al. 2021: 1 to 5). Auxiliary losses are the
+      first's.
     token_bytes: how many bytes of text each token id stands for, to report bits per byte; () if unknown.
   """
 
   model: nn.Module
   z_loss: float = 0.0
   label_smoothing: float = 0.0
+  consistency: float = 0.0
   token_bytes: Sequence[int] = ()
 
   def counted(self, batch: Batch) -> Batch:
@@ -70,16 +74,27 @@ class LanguageModeling:
       lengths = jnp.zeros(logits.shape[-1]).at[: len(self.token_bytes)].set(jnp.asarray(self.token_bytes, jnp.float32))
       metrics['target_bytes'] = jnp.sum(lengths[targets] * weights)
     if train:
-      smoothing, z_weight = self.label_smoothing, self.z_loss
-      if smoothing:
+      if self.label_smoothing:
         spread = -jnp.mean(jax.nn.log_softmax(logits), axis=-1)
-        loss = (1 - smoothing) * loss + smoothing * jnp.sum(spread * weights) / count
-      if z_weight:
-        loss += z_weight * jnp.sum(jax.nn.logsumexp(logits, axis=-1) ** 2 * weights) / count
+        loss += self.label_smoothing * (jnp.sum(spread * weights) / count - loss)
+      if self.z_loss:
+        loss += self.z_loss * jnp.sum(jax.nn.logsumexp(logits, axis=-1) ** 2 * weights) / count
+      if self.consistency:
+        other_rngs = {name: jax.random.fold_in(key, 1) for name, key in (rngs or {}).items()}
+        (others, _), _ = self.model.apply(variables, batch, train=True, rngs=other_rngs, mutable=[STATE])
+        others_loss = optax.softmax_cross_entropy_with_integer_labels(others, targets)
+        metrics['inconsistency'] = jnp.sum(symmetric_kl(logits, others) * weights) / count
+        loss += jnp.sum(others_loss * weights) / count + self.consistency * metrics['inconsistency']
       auxiliary = total_loss(aux) + _reinforced(aux, jax.lax.stop_gradient(cross_entropy), weights)
       metrics |= {'aux_loss': auxiliary, **{f'loss/{key}': value for key, value in aux.losses.items()}}
       loss += auxiliary
     return loss, ({'loss': loss, **metrics, **aux.metrics}, state)
+
+
+def symmetric_kl(logits: Array, others: Array) -> Array:
+  """(KL(p, q) + KL(q, p)) / 2 of two predictions, float32[..., V] -> float32[...]."""
+  log_p, log_q = jax.nn.log_softmax(logits), jax.nn.log_softmax(others)
+  return 0.5 * jnp.sum((jnp.exp(log_p) - jnp.exp(log_q)) * (log_p - log_q), axis=-1)
 
 
 def _reinforced(aux: Aux, cross_entropy: Array, weights: Array) -> Array:

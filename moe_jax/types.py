@@ -5,7 +5,7 @@ by the token count of the whole batch. So microbatches, groups and devices add u
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,13 @@ Initializer = Callable[..., Any]
 
 class ConfigError(ValueError):
   """A wish that cannot be met. Its message is one line: what is wrong, and what to do about it."""
+
+
+def one_of(**choices: tuple[Any, Any]) -> None:
+  """Raises ConfigError, naming the first of `name=(value, Literal[...])` whose value is none of the literals."""
+  for name, (value, literals) in choices.items():
+    if value not in get_args(literals):
+      raise ConfigError(f'{name}={value!r}: choose among {", ".join(map(repr, get_args(literals)))}.')
 
 
 @struct.dataclass

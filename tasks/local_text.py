@@ -1,7 +1,8 @@
-"""Text that is already on this machine, as bytes: two tasks that need no download.
+"""Text that is already on this machine, as bytes: tasks that need no download.
 
   local_text_lm                'targets': documents in chunks of the sequence length, EOS where a document ends
   local_text_span_corruption   'inputs', 'targets': T5's span corruption
+  local_text_domains           as local_text_lm, and 'task_ids': a domain from 1 to 8 by the file's folder
 
 The text is Python's own standard library, or the files named by the environment variable LOCAL_TEXT_GLOB. One file is
 one document; bytes need not be UTF-8. About one file in twenty, chosen by a hash of its name, is for validation.
@@ -19,10 +20,11 @@ import seqio
 import tensorflow as tf
 
 from moe_jax.types import ConfigError
-from tasks.preprocessors import chunk_targets, corrupt_spans
+from tasks.preprocessors import chunk_targets, corrupt_spans, name_task
 
 BYTE_OFFSET = 3  # of seqio.ByteVocabulary: 0 is padding, 1 EOS, 2 unknown
 VALIDATION_SHARE = 1 / 20
+DOMAINS = 8
 
 
 def split_files(split: str) -> list[str]:
@@ -60,7 +62,7 @@ def _python_files(root: str) -> Iterator[str]:
 
 
 class LocalFiles(seqio.DataSource):
-  """One example a file, {'text': string[]}; every host reads files of its own."""
+  """One example a file, {'text': string[], 'task': int32[]}; every host reads files of its own."""
 
   # So that seqio leaves sharding to us: were files fewer than hosts, it would leave some hosts none, and they wait.
   supports_arbitrary_sharding = True
@@ -84,16 +86,24 @@ class LocalFiles(seqio.DataSource):
     if len(paths) < shard.num_shards:
       raise ConfigError(f'{len(paths)} {split} files do not go round {shard.num_shards} hosts: widen LOCAL_TEXT_GLOB.')
     paths = paths[shard.index :: shard.num_shards]
-    files = tf.data.Dataset.from_tensor_slices(paths)
+    files = tf.data.Dataset.from_tensor_slices({'text': paths, 'task': [domain(path) for path in paths]})
     if shuffle:
       files = files.shuffle(len(paths), seed=seed)
-    return files.map(lambda path: {'text': tf.io.read_file(path)}, num_parallel_calls=2)
+    return files.map(lambda file: {**file, 'text': tf.io.read_file(file['text'])}, num_parallel_calls=2)
+
+
+def domain(path: bytes) -> int:
+  """The domain of a file, from 1: the files of a folder have the same."""
+  return zlib.crc32(os.path.basename(os.path.dirname(path))) % DOMAINS + 1
 
 
 @seqio.map_over_dataset
 def to_bytes(example: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-  """{'text': string[]} -> {'targets': int32[bytes]}, whatever the bytes are."""
-  return {'targets': tf.cast(tf.io.decode_raw(example['text'], tf.uint8), tf.int32) + BYTE_OFFSET}
+  """{'text': string[], ...} -> {'targets': int32[bytes], ...}, whatever the bytes are."""
+  return {
+    'targets': tf.cast(tf.io.decode_raw(example['text'], tf.uint8), tf.int32) + BYTE_OFFSET,
+    'task': example['task'],
+  }
 
 
 _BYTES = seqio.Feature(seqio.ByteVocabulary(extra_ids=100))  # 359 ids, the hundred sentinels last
@@ -109,4 +119,13 @@ seqio.TaskRegistry.add(
   source=LocalFiles(),
   preprocessors=[to_bytes, corrupt_spans, seqio.preprocessors.append_eos],
   output_features={'inputs': _BYTES, 'targets': _BYTES},
+)
+seqio.TaskRegistry.add(
+  'local_text_domains',
+  source=LocalFiles(),
+  preprocessors=[to_bytes, seqio.preprocessors.append_eos, chunk_targets, name_task],
+  output_features={
+    'targets': _BYTES,
+    'task_ids': seqio.Feature(seqio.PassThroughVocabulary(DOMAINS + 1), add_eos=False),
+  },
 )

@@ -60,6 +60,13 @@ def corrupt_spans(
   return corrupt(_chunk(dataset, longest))
 
 
+@seqio.map_over_dataset
+def name_task(example: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+  """Gives every token of 'targets' the number in 'task', int32[] from 1, as 'task_ids'; put it last."""
+  task = tf.cast(example['task'], tf.int32)
+  return {'targets': example['targets'], 'task_ids': tf.fill(tf.shape(example['targets']), task)}
+
+
 def span_counts(length: int) -> tuple[int, int]:
   """How many of `length` tokens are noise, and in how many spans."""
   noise = min(max(round(length * NOISE_DENSITY), 1), length - 1)
@@ -112,6 +119,6 @@ def _chunk(dataset: tf.data.Dataset, length: int) -> tf.data.Dataset:
 
   def pieces(example):
     starts = tf.data.Dataset.range(0, tf.size(example['targets'], tf.int64), length)
-    return starts.map(lambda start: {'targets': example['targets'][start : start + length]})
+    return starts.map(lambda start: {**example, 'targets': example['targets'][start : start + length]})
 
   return dataset.interleave(pieces, cycle_length=16)  # in turns, lest one long document fill the shuffle buffer

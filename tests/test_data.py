@@ -1,3 +1,5 @@
+import functools
+import os
 import pathlib
 import types
 
@@ -9,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax import data
 from moe_jax.types import ConfigError
+from tasks import local_text
 
 TASKS = {
   'local_text_lm': ('decoder_only', {'targets': 32}),
@@ -89,6 +92,29 @@ def test_a_prefix_is_read_and_only_targets_are_learned(rows):
   )
   assert _spec(batch) == data.batch_spec(lengths, 8, 'decoder_only')
   assert 0 < np.sum(batch['decoder_loss_weights']) < np.sum(batch['decoder_segment_ids'] > 0)
+
+
+@pytest.mark.parametrize('pack', [True, False])
+def test_every_token_names_the_domain_of_its_file(rows, tmp_path, monkeypatch, pack):
+  """Folders hold texts of one letter each; the files of a folder have the same domain."""
+  expected = {}
+  for number in range(12):
+    path = tmp_path / 'domains' / f'folder_{number}' / 'text'
+    path.parent.mkdir(parents=True)
+    path.write_bytes(bytes([65 + number]) * 40)
+    expected[65 + number + 3] = local_text.domain(os.fsencode(path))
+  monkeypatch.setenv('LOCAL_TEXT_GLOB', f'{tmp_path}/domains/*/text')
+  lengths = {'targets': 32, 'task_ids': 32}
+  read = functools.partial(data.batches, 'local_text_domains', converter='decoder_only', modules=MODULES, sharding=rows)
+  batch = jax.device_get(next(read(lengths, 8, 'train', pack=pack)))
+  assert _spec(batch) == data.batch_spec(lengths, 8, 'decoder_only')
+  tokens, tasks = batch['decoder_target_tokens'], batch['decoder_task_ids']
+  np.testing.assert_array_equal(tasks > 0, tokens > 0)
+  for token, task in expected.items():
+    assert np.all(tasks[tokens == token] == task)
+  assert len(set(expected.values())) > 1
+  with pytest.raises(ConfigError, match='of the same length'):
+    read({'targets': 32, 'task_ids': 16}, 8, 'train')
 
 
 def test_a_seed_decides_the_batches(batches):

@@ -17,7 +17,7 @@ class Context:
     token_count: float32[], real tokens of the *whole* batch, of which this may be one microbatch. Losses and metrics
       are divided by it, so that those of microbatches add up to those of the batch.
     token_ids: int32[B, L], for routers that hash them.
-    task_ids: int32[B], for routers that go by task or domain.
+    task_ids: int32[B, L], of tasks, languages or domains from 1, for routers that go by them.
     encoded: float[B, L_in, M], the encoder's output for cross-attention.
     encoded_segment_ids: int32[B, L_in].
     relative_table: float[buckets, H], a relative position table shared by the layers of a stack.

@@ -38,6 +38,7 @@ class DecoderOnly(nn.Module):
       positions=batch['decoder_positions'],
       token_count=token_count(batch, 'decoder'),
       token_ids=tokens,
+      task_ids=batch.get('decoder_task_ids'),
       causal=True,
       train=train,
       cache_length=cache_length,

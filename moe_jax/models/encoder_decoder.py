@@ -49,6 +49,7 @@ class EncoderDecoder(nn.Module):
       positions=batch['encoder_positions'],
       token_count=token_count(batch, 'encoder'),
       token_ids=tokens,
+      task_ids=batch.get('encoder_task_ids'),
       causal=False,
       train=train,
     )
@@ -64,6 +65,7 @@ class EncoderDecoder(nn.Module):
       positions=batch['decoder_positions'],
       token_count=token_count(batch, 'decoder'),
       token_ids=tokens,
+      task_ids=batch.get('decoder_task_ids'),
       encoded=encoded,
       encoded_segment_ids=batch['encoder_segment_ids'],
       causal=True,

@@ -5,6 +5,7 @@ K choices a token, F hidden width of an expert.
 """
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -92,14 +93,25 @@ class MoELayer(nn.Module):
     def group(values: Array) -> Array:  # [B, L, ...] -> [G, S, ...]
       return sharding.constrain(values.reshape(-1, size, *values.shape[2:]), 'batch', *(None,) * (values.ndim - 1))
 
+    segment_ids = group(context.segment_ids)
     routing_context = RoutingContext(
-      valid=group(context.segment_ids) > 0,
+      valid=segment_ids > 0,
       token_count=context.token_count,
       token_ids=None if context.token_ids is None else group(context.token_ids),
+      task_ids=None if context.task_ids is None else group(context.task_ids),
+      segment_ids=segment_ids,
+      row_length=length,
       train=context.train,
     )
     tokens = group(x)
-    plan, aux = self.router(num_experts=self.num_experts, name='router')(tokens, routing_context)
+    router = self.router(num_experts=self.num_experts, name='router')
+    if context.causal and not router.causal:
+      warnings.warn(
+        f'{type(router).__name__} looks at later tokens: in a causal model its loss is too good to be true, and it'
+        ' cannot generate. Use it in an encoder.',
+        stacklevel=2,
+      )
+    plan, aux = router(tokens, routing_context)
     bank = self.experts(num_experts=self.num_experts, features=width, name='experts')()
     y = self.dispatcher(bank, tokens, plan)
     terms = {name: term.reshape(batch, length) for name, term in aux.token_terms.items()}

@@ -4,13 +4,14 @@ Letters: G groups, S tokens a group, E experts, C capacity (slots per expert per
 """
 
 import math
-from typing import Protocol
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from moe_jax.types import Array, Dtype
+from moe_jax.types import Array, ConfigError, Dtype
 
 
 @struct.dataclass
@@ -18,9 +19,9 @@ class RoutingPlan:
   """Which experts see which tokens, and with what weight their answers come home.
 
   Attributes:
-    expert_index: int32[G, S, K], which expert.
-    slot_index: int32[G, S, K], place in its buffer; `capacity` or more where the choice is dropped.
-    combine_weight: float32[G, S, K]; 0 where dropped.
+    expert_index: int32[G, S, K], which expert; -1 where the choice is not made.
+    slot_index: int32[G, S, K], place in its buffer; `capacity` or more where the choice is dropped or not made.
+    combine_weight: float32[G, S, K]; 0 where dropped or not made.
     num_experts: E.
     capacity: C.
   """
@@ -50,19 +51,53 @@ class RoutingPlan:
     return jnp.einsum('gske,gskc->gsec', expert, slot)
 
 
-def expert_capacity(choices: int, num_experts: int, factor: float, multiple_of: int = 4) -> int:
-  """Slots per expert per group: ceil(factor * choices / E), rounded up to a multiple.
+class CapacityRule(NamedTuple):
+  """How a capacity factor becomes slots per expert per group.
+
+  Attributes:
+    per_choice: the factor counts choices, K a token (k inside), and not tokens (k outside).
+    rounding: of slots that are not whole.
+    least: slots, at the fewest.
+    multiple_of: slots come in multiples of this.
+  """
+
+  per_choice: bool = False
+  rounding: Callable[[float], int] = math.floor
+  least: int = 1
+  multiple_of: int = 1
+
+
+# The same factor means different slots in different codebases, and their published numbers go with their rules.
+CAPACITY_RULES = {
+  'gshard': CapacityRule(multiple_of=4),  # Lingvo: GShard, GLaM
+  'mesh': CapacityRule(least=4),  # Mesh TensorFlow: Switch, ST-MoE
+  'flaxformer': CapacityRule(rounding=round, least=4),
+  'vmoe': CapacityRule(per_choice=True, rounding=math.ceil, multiple_of=4),
+  'megablocks': CapacityRule(per_choice=True),
+  'deepspeed': CapacityRule(rounding=math.ceil, least=4),
+}
+
+
+def expert_capacity(tokens: int, num_experts: int, factor: float, choices: float = 1, rule: str = 'gshard') -> int:
+  """Slots per expert per group: factor * tokens / E, made whole as the rule says.
 
   Args:
-    choices: what `factor` counts in a group: its tokens (k outside: GShard, Switch, ST-MoE, GLaM), or its tokens times
-      K (k inside: V-MoE, MegaBlocks).
+    tokens: S, of a group.
     num_experts: E.
     factor: the capacity factor.
-    multiple_of: slots come in multiples of this, and are at least this many.
+    choices: K, choices a token, which only the rules with k inside count.
+    rule: one of `CAPACITY_RULES`.
+
+  Raises:
+    ConfigError: if there is no such rule.
   """
-  # The subtraction forgives float noise: 1.1 * 100 / 10 is 11 slots, not 12.
-  slots = math.ceil(factor * choices / num_experts - 1e-6)
-  return max(1, math.ceil(slots / multiple_of)) * multiple_of
+  if rule not in CAPACITY_RULES:
+    raise ConfigError(f'No capacity rule {rule!r}: choose among {", ".join(CAPACITY_RULES)}.')
+  per_choice, rounding, least, multiple_of = CAPACITY_RULES[rule]
+  slots = factor * tokens * (choices if per_choice else 1) / num_experts
+  # What float noise adds or takes is forgiven: 1.1 * 100 / 10 is 11 slots, neither 10 nor 12.
+  whole = max(rounding(round(slots, 6)), least)
+  return math.ceil(whole / multiple_of) * multiple_of
 
 
 @struct.dataclass
@@ -97,14 +132,14 @@ def assign_slots(expert_index: Array, num_experts: int, valid: Array, priority: 
   """Gives every choice the next free slot of its expert: first choices before second, then in token order.
 
   Args:
-    expert_index: int32[G, S, K].
+    expert_index: int32[G, S, K]; -1 where a choice is not made, and takes no slot.
     num_experts: E.
     valid: bool[G, S]; padding takes no slot.
     priority: float32[G, S], to go by instead of token order, highest first (Batch Prioritized Routing, Riquelme et al.
       2021). Not causal: whether a token is dropped then depends on later ones.
 
   Returns:
-    int32[G, S, K]. The caller's capacity decides which slots exist; padding gets S * K, which never does.
+    int32[G, S, K]. The caller's capacity decides which slots exist; who takes none gets S * K, which never does.
   """
   groups, tokens, choices = expert_index.shape
   if priority is not None:
@@ -115,8 +150,37 @@ def assign_slots(expert_index: Array, num_experts: int, valid: Array, priority: 
       jnp.take_along_axis(valid, order, axis=1),
     )
     return jnp.take_along_axis(slots, jnp.argsort(order, axis=1)[..., None], axis=1)
-  one_hot = jax.nn.one_hot(expert_index, num_experts, dtype=jnp.int32) * valid[:, :, None, None]
+  made = valid[:, :, None] & (expert_index >= 0)
+  one_hot = jax.nn.one_hot(expert_index, num_experts, dtype=jnp.int32) * made[..., None]
   in_order = one_hot.swapaxes(1, 2).reshape(groups, choices * tokens, num_experts)
   before = jnp.cumsum(in_order, axis=1) - in_order
   slot = jnp.sum(before * in_order, axis=-1).reshape(groups, choices, tokens).swapaxes(1, 2)
-  return jnp.where(valid[:, :, None], slot, tokens * choices)
+  return jnp.where(made, slot, tokens * choices)
+
+
+def reroute(preferences: Array, num_experts: int, valid: Array, capacity: int, wanted: int) -> Array:
+  """Who finds an expert full asks the next it prefers, until it holds `wanted` (Fedus et al. 2021, appendix B).
+
+  In rounds: in round p every token that holds too few asks for its p-th preference, in token order.
+
+  Args:
+    preferences: int32[G, S, P], different experts, best first.
+    num_experts: E.
+    valid: bool[G, S].
+    capacity: C.
+    wanted: experts a token is to hold.
+
+  Returns:
+    The preferences, int32[G, S, P], with -1 for those that were never asked for, or in vain while a later one had room.
+  """
+  held = jnp.zeros(valid.shape, jnp.int32)
+  taken = jnp.zeros((valid.shape[0], num_experts), jnp.int32)
+  given = []
+  for choice in jnp.moveaxis(preferences, -1, 0):
+    asked = jax.nn.one_hot(choice, num_experts, dtype=jnp.int32) * (valid & (held < wanted))[..., None]
+    place = taken[:, None] + jnp.cumsum(asked, axis=1)  # counted from 1
+    got = asked * (place <= capacity)
+    taken += jnp.sum(got, axis=1)
+    held += jnp.sum(got, axis=-1)
+    given.append(jnp.where(jnp.sum(got, axis=-1) > 0, choice, -1))
+  return jnp.stack(given, axis=-1)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.stats import norm
 
 from moe_jax.moe import router_losses
 from moe_jax.moe.routing_plan import RoutingPlan
@@ -57,6 +58,12 @@ def measure(r, token_count):
     'load': router_losses.expert_load(r.expert_index, E, r.valid, token_count),
     'dropped tokens': router_losses.dropped_tokens(r.kept, r.valid, token_count),
     'dropped choices': router_losses.dropped_choices(r.kept, r.valid, token_count),
+    'importance': router_losses.importance_loss(r.probs, r.valid, token_count),
+    'smooth load': router_losses.load_loss(r.logits, r.logits + r.probs, 1 + r.probs, K, r.valid, token_count),
+    'excess load': router_losses.excess_load_loss(r.probs[..., 0], r.expert_index[..., 0], E, r.valid, token_count),
+    'mean importance': router_losses.mean_importance_loss(r.probs, r.valid, token_count),
+    'sparsity': router_losses.sparsity_l1_loss(r.probs, r.valid, token_count),
+    'global entropy': router_losses.global_entropy_loss(r.probs, r.valid, token_count, min_experts=E),
   }
 
 
@@ -77,7 +84,42 @@ def balance_by_loop(r, choices):
   return total / r.valid.sum()
 
 
+def over_groups(r, of_group):
+  """The mean of a group's quantity over groups, by their real tokens; `of_group` sees one group's."""
+  real = [np.flatnonzero(valid) for valid in r.valid]
+  return sum(len(s) * of_group(g, s) for g, s in enumerate(real) if s.size) / r.valid.sum()
+
+
+def squared_cv(amounts):
+  return (np.std(amounts) / np.mean(amounts)) ** 2
+
+
+def smooth_load(r, g, real):
+  """Load_i = sum_x Phi((clean_i - k-th largest of the others' noisy logits) / noise_i)."""
+  load = np.zeros(E)
+  for s in real:
+    noisy = r.logits[g, s] + r.probs[g, s]
+    for i in range(E):
+      threshold = np.sort(np.delete(noisy, i))[-K]
+      load[i] += norm.cdf((r.logits[g, s, i] - threshold) / (1 + r.probs[g, s, i]))
+  return load
+
+
+def excess_load(r, g, real):
+  chosen = r.expert_index[g, real, 0]
+  n = np.bincount(chosen, minlength=E)
+  return np.mean((n[chosen] - n.mean()) / n.mean() * r.probs[g, real, 0])
+
+
 EQUATIONS = {
+  'importance': lambda r: over_groups(r, lambda g, s: squared_cv(r.probs[g, s].sum(0))),
+  'smooth load': lambda r: over_groups(r, lambda g, s: squared_cv(smooth_load(r, g, s))),
+  'excess load': lambda r: over_groups(r, lambda g, s: excess_load(r, g, s)),
+  'mean importance': lambda r: over_groups(r, lambda g, s: E * np.sum(r.probs[g, s].mean(0) ** 2)),
+  'sparsity': lambda r: np.mean([np.sum(p / np.linalg.norm(p)) for p in r.probs[r.valid]]),
+  'global entropy': lambda r: over_groups(
+    r, lambda g, s: max(0.0, np.log(E) + np.sum(r.probs[g, s].mean(0) * np.log(r.probs[g, s].mean(0))))
+  ),
   'balance': lambda r: balance_by_loop(r, 1),
   'balance of all choices': lambda r: balance_by_loop(r, K),
   'z': lambda r: np.mean(np.log(np.exp(r.logits[r.valid]).sum(-1)) ** 2),
@@ -151,11 +193,32 @@ def test_balance_learns_through_the_probabilities_alone(routing):
 
 def test_limits(routing):
   """An undecided router has z-loss (log E)^2 and entropy log E; a certain one has entropy 0."""
-  undecided = routing._replace(logits=np.zeros((G, S, E), np.float32), probs=np.full((G, S, E), 1 / E, np.float32))
+  undecided = routing._replace(expert_index=np.tile(np.arange(E)[:K], (G, S, 1)).astype(np.int32))
+  undecided = undecided._replace(logits=np.zeros((G, S, E), np.float32), probs=np.full((G, S, E), 1 / E, np.float32))
   certain = routing._replace(probs=np.eye(E, dtype=np.float32)[routing.expert_index[..., 0]])
-  undecided, certain = (measure(r, routing.valid.sum()) for r in (undecided, certain))
+  collapsed = certain._replace(probs=np.eye(E, dtype=np.float32)[np.zeros((G, S), int)])
+  undecided, certain, collapsed = (measure(r, routing.valid.sum()) for r in (undecided, certain, collapsed))
+  assert undecided['importance'] == pytest.approx(0, abs=1e-9) and collapsed['importance'] == pytest.approx(E - 1)
+  assert undecided['mean importance'] == pytest.approx(1) and collapsed['mean importance'] == pytest.approx(E)
+  assert undecided['sparsity'] == pytest.approx(np.sqrt(E)) and certain['sparsity'] == pytest.approx(1)
+  assert undecided['global entropy'] == pytest.approx(0, abs=1e-6)
+  assert collapsed['global entropy'] == pytest.approx(np.log(E))
   assert undecided['z'] == pytest.approx(np.log(E) ** 2)
   assert undecided['entropy'] == pytest.approx(np.log(E)) and certain['entropy'] == 0
+
+
+def test_excess_load_is_nothing_at_perfect_balance():
+  """E tokens, one to each expert; and with all on one expert it is (E - 1) times the gate."""
+  gates, valid = jnp.full((1, E), 0.7), jnp.ones((1, E), bool)
+  assert router_losses.excess_load_loss(gates, jnp.arange(E)[None], E, valid, E) == pytest.approx(0, abs=1e-6)
+  all_on_one = router_losses.excess_load_loss(gates, jnp.zeros((1, E), int), E, valid, E)
+  assert all_on_one == pytest.approx(0.7 * (E - 1))
+
+
+def test_gradients_are_numbers_where_nothing_is():
+  """An empty group, and a probability of exactly 0."""
+  assert np.all(jax.grad(router_losses.squared_cv)(jnp.zeros(E)) == 0)
+  assert np.all(np.isfinite(jax.grad(router_losses.entropy)(jnp.eye(E)[0])))
 
 
 def test_z_loss_gives_padding_no_gradient(routing):

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from moe_jax.moe.routing_plan import RoutingPlan, assign_slots, expert_capacity
+from moe_jax.moe.routing_plan import CAPACITY_RULES, RoutingPlan, assign_slots, expert_capacity, reroute
+from moe_jax.types import ConfigError
 
 G, S, E, K, C = 2, 8, 4, 2, 3
 CHOICES = hnp.arrays(np.int32, (G, S, K), elements=st.integers(0, E - 1))
@@ -19,30 +20,63 @@ VALID = hnp.arrays(bool, (G, S))
 
 
 @pytest.mark.parametrize(
-  ('choices', 'num_experts', 'factor', 'multiple_of', 'slots'),
-  [
-    (64, 8, 1.0, 4, 8),
-    (64, 8, 1.25, 1, 10),
-    (64, 8, 1.25, 4, 12),
-    (65, 8, 1.0, 1, 9),
-    (100, 10, 1.1, 1, 11),  # 1.1 * 100 / 10 is 11.000000000000002 in floating point
-    (120, 10, 1.0, 4, 12),
-    (8, 64, 1.0, 1, 1),
-    (8, 64, 1.0, 4, 4),
-    (8, 64, 0.0, 4, 4),
-    (4096, 128, 2.0, 4, 64),
+  ('rule', 'expected'),
+  [  # slots for (tokens, experts, factor, k) = (64, 8, 1.25, 1), (100, 8, 1.25, 2), (8, 64, 1, 2), (100, 10, 1.1, 1)
+    ('gshard', (12, 16, 4, 12)),
+    ('mesh', (10, 15, 4, 11)),
+    ('flaxformer', (10, 16, 4, 11)),
+    ('vmoe', (12, 32, 4, 12)),
+    ('megablocks', (10, 31, 1, 11)),
+    ('deepspeed', (10, 16, 4, 11)),
   ],
 )
-def test_capacity(choices, num_experts, factor, multiple_of, slots):
-  assert expert_capacity(choices, num_experts, factor, multiple_of) == slots
+def test_capacity_rules(rule, expected):
+  """100 * 1.25 / 8 is 15.625; 1.1 * 100 / 10 is 11.000000000000002 in floating point, and 11 slots all the same."""
+  wishes = [(64, 8, 1.25, 1), (100, 8, 1.25, 2), (8, 64, 1.0, 2), (100, 10, 1.1, 1)]
+  assert tuple(expert_capacity(*wish, rule=rule) for wish in wishes) == expected
 
 
-@given(st.integers(1, 5000), st.integers(1, 512), st.integers(1, 400), st.sampled_from([1, 4, 8]))
-def test_capacity_is_the_smallest_that_fits(choices, num_experts, percent, multiple_of):
-  slots = expert_capacity(choices, num_experts, percent / 100, multiple_of)
-  exact = math.ceil(percent * choices / (100 * num_experts))  # integers: no noise but that of one division
-  assert slots % multiple_of == 0
-  assert max(exact, 1) <= slots < max(exact, 1) + multiple_of
+def test_an_unknown_rule_is_refused():
+  with pytest.raises(ConfigError, match="No capacity rule 'lingvo': choose among gshard, mesh"):
+    expert_capacity(8, 2, 1.0, rule='lingvo')
+
+
+@given(st.integers(1, 5000), st.integers(1, 512), st.integers(1, 400), st.sampled_from(sorted(CAPACITY_RULES)))
+def test_capacity_is_a_rounding_of_the_share(tokens, num_experts, percent, rule):
+  per_choice, _, least, multiple_of = CAPACITY_RULES[rule]
+  slots = expert_capacity(tokens, num_experts, percent / 100, 2, rule)
+  share = percent * tokens * (1 + per_choice) / (100 * num_experts)
+  assert slots % multiple_of == 0 and slots >= max(least, 1)
+  assert slots <= max(math.ceil(share), least) + multiple_of - 1
+  assert slots >= math.floor(share + 1e-9)
+
+
+def test_a_choice_that_is_not_made_takes_no_slot():
+  choices = jnp.array([[[0, 1], [0, -1], [-1, 1], [0, 1]]])
+  slots = assign_slots(choices, 2, jnp.ones((1, 4), bool))
+  np.testing.assert_array_equal(slots[0], [[0, 0], [1, 8], [8, 1], [2, 2]])
+  plan = RoutingPlan(choices, slots, jnp.ones((1, 4, 2)), 2, 3)
+  assert not np.any(plan.kept[choices < 0]) and plan.dispatch_array('float32').sum() == 6
+
+
+def test_who_finds_an_expert_full_asks_the_next():
+  """Three tokens want expert 0, which has room for one: the second gets its next choice, the third its last."""
+  preferences = jnp.array([[[0, 1, 2], [0, 1, 2], [0, 1, 2], [2, 0, 1]]])
+  given_ = reroute(preferences, 3, jnp.ones((1, 4), bool), capacity=1, wanted=1)
+  np.testing.assert_array_equal(given_[0], [[0, -1, -1], [-1, 1, -1], [-1, -1, -1], [2, -1, -1]])
+  slots = assign_slots(given_, 3, jnp.ones((1, 4), bool))
+  np.testing.assert_array_equal(slots[0] < 1, np.asarray(given_[0]) >= 0)
+
+
+@given(hnp.arrays(np.float32, (G, S, E), elements=st.floats(0, 1, width=32), unique=True), VALID, st.integers(1, 4))
+def test_rerouting_never_overfills_and_drops_only_the_hopeless(scores, valid, capacity):
+  preferences = np.argsort(-scores, axis=-1).astype(np.int32)
+  given_ = np.asarray(reroute(jnp.asarray(preferences), E, jnp.asarray(valid), capacity, wanted=1))
+  held = np.sum(given_ >= 0, axis=-1)
+  load = np.stack([[np.sum(row == e) for e in range(E)] for row in given_])
+  assert np.all(load <= capacity) and np.all(held <= valid)
+  for g in range(G):  # a token is left only when every expert is full
+    assert np.all(held[g][valid[g]] == 1) or np.all(load[g] == capacity)
 
 
 def slots_by_loop(expert_index, valid):

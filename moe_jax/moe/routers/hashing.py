@@ -1,0 +1,165 @@
+"""Fixed routing: by token id, by place, or by chance. Nothing is learnt, and the gate is 1 (Roller et al. 2021)."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.cluster.vq import kmeans2
+
+from moe_jax.moe import router_losses
+from moe_jax.moe.routers.base import Router, RoutingContext
+from moe_jax.moe.routing_plan import RoutingPlan
+from moe_jax.types import Array, Aux, ConfigError, one_of
+
+Table = Callable[[int], np.ndarray]  # number of experts -> int32[V], the expert of each token id
+
+
+def random_table(num_experts: int, vocab_size: int, seed: int = 0) -> np.ndarray:
+  """Each token id gets a random expert, all experts equally many ids: int32[V]."""
+  return (np.random.default_rng(seed).permutation(vocab_size) % num_experts).astype(np.int32)
+
+
+def balanced_table(num_experts: int, counts: np.ndarray) -> np.ndarray:
+  """Token ids by falling frequency, each to the expert that is lightest so far: int32[V].
+
+  Args:
+    num_experts: E.
+    counts: [V], how often each id occurs.
+  """
+  return np.asarray(jax.jit(lightest_first, static_argnums=1)(jnp.asarray(counts, jnp.float32), num_experts))
+
+
+def clustered_table(num_experts: int, embeddings: np.ndarray, seed: int = 0) -> np.ndarray:
+  """Token ids whose embeddings lie together share an expert (k-means): int32[V]. A foil: it is far from balanced.
+
+  Args:
+    num_experts: E.
+    embeddings: float[V, M], of a trained model.
+    seed: of the first centroids.
+  """
+  return kmeans2(np.asarray(embeddings, np.float64), num_experts, minit='++', rng=seed)[1].astype(np.int32)
+
+
+def lightest_first(counts: Array, num_experts: int) -> Array:
+  """See `balanced_table`; jittable: float32[V] -> int32[V]."""
+
+  def place(load: Array, count: Array) -> tuple[Array, Array]:
+    expert = jnp.argmin(load)
+    return load.at[expert].add(count), expert
+
+  order = jnp.argsort(-counts, stable=True)
+  _, experts = jax.lax.scan(place, jnp.zeros(num_experts), counts[order])
+  return jnp.zeros(counts.shape, jnp.int32).at[order].set(experts.astype(jnp.int32))
+
+
+class FixedRouter(Router):
+  """Base of routers that know the one expert of each token beforehand."""
+
+  @property
+  def choices_per_token(self) -> float:
+    return 1
+
+  def choose(self, context: RoutingContext) -> Array:
+    """The expert of each token, int32[G, S]."""
+    raise NotImplementedError
+
+  @nn.compact
+  def __call__(self, tokens: Array, context: RoutingContext) -> tuple[RoutingPlan, Aux]:
+    expert_index = self.choose(context)[..., None]
+    plan = self.plan(expert_index, jnp.ones(expert_index.shape, jnp.float32), context)
+    return plan, Aux(metrics=router_losses.plan_metrics(plan, context.valid, context.token_count))
+
+
+class HashRouter(FixedRouter):
+  """The expert is a function of the token id, the same in every layer.
+
+  Attributes:
+    table: makes a table of experts by token id: `random_table`, `balanced_table`, `clustered_table`. None scatters ids
+      by a multiplicative hash, which needs no vocabulary.
+  """
+
+  table: Table | None = None
+
+  def choose(self, context: RoutingContext) -> Array:
+    """See `FixedRouter`."""
+    if self.table is None:
+      return (scattered(token_ids(context)) % self.num_experts).astype(jnp.int32)
+    return jnp.asarray(self.table(self.num_experts))[token_ids(context)]
+
+
+class BalancedHashRouter(FixedRouter):
+  """Counts token ids for a while, then deals them out so that all experts have the same load, and keeps to that.
+
+  Until then ids are scattered by a multiplicative hash. See `balanced_table`.
+
+  Attributes:
+    vocab_size: V.
+    counting_steps: training steps to count for.
+  """
+
+  vocab_size: int = 0
+  counting_steps: int = 20
+
+  def choose(self, context: RoutingContext) -> Array:
+    """See `FixedRouter`."""
+    ids, steps = token_ids(context), self.steps_done(context)
+    counts, table = self.memory('counts', (self.vocab_size,)), self.memory('table', (self.vocab_size,), 'int32')
+    seen = counts.value.at[ids].add(context.valid.astype(jnp.float32))
+    counting = steps < self.counting_steps
+    self.remember(counts, jnp.where(counting, seen, counts.value), context)
+    deal = lambda: lightest_first(seen, self.num_experts)  # noqa: E731
+    self.remember(table, jax.lax.cond(counting, deal, lambda: table.value), context)
+    return jnp.where(counting, (scattered(ids) % self.num_experts).astype(jnp.int32), table.value[ids])
+
+
+class RandomRouter(FixedRouter):
+  """A random expert, another at each step.
+
+  Attributes:
+    share: who draws together: every 'token' for itself, or the whole 'batch' one expert, which then has room for all
+      (THOR, Zuo et al. 2021; see `objectives.LanguageModeling.consistency`). Outside training experts go by place.
+  """
+
+  share: Literal['token', 'batch'] = 'token'
+
+  def capacity(self, group_size: int, train: bool) -> int:
+    """See `Router`."""
+    return super().capacity(group_size, train) if self.share == 'token' else group_size
+
+  def choose(self, context: RoutingContext) -> Array:
+    """See `FixedRouter`."""
+    one_of(share=(self.share, Literal['token', 'batch']))
+    if not context.train:
+      return by_place(context, self.num_experts)
+    shape = context.valid.shape if self.share == 'token' else (1, 1)
+    return jnp.broadcast_to(
+      jax.random.randint(self.make_rng('router'), shape, 0, self.num_experts), context.valid.shape
+    )
+
+
+class RoundRobinRouter(FixedRouter):
+  """Experts in turn, by a token's place in its group: perfectly balanced, and a baseline."""
+
+  def choose(self, context: RoutingContext) -> Array:
+    """See `FixedRouter`."""
+    return by_place(context, self.num_experts)
+
+
+def token_ids(context: RoutingContext) -> Array:
+  """int32[G, S]; ConfigError if the model does not pass them on."""
+  if context.token_ids is None:
+    raise ConfigError('A hash router needs token ids, which this model does not pass on.')
+  return context.token_ids
+
+
+def scattered(token_ids: Array) -> Array:
+  """Knuth's multiplicative hash, its upper half: int32[...] -> uint32[...] in [0, 2^16)."""
+  return (token_ids.astype(jnp.uint32) * jnp.uint32(2654435761)) >> 16
+
+
+def by_place(context: RoutingContext, num_experts: int) -> Array:
+  """int32[G, S], place in the group modulo E."""
+  return jnp.broadcast_to(jnp.arange(context.valid.shape[1]) % num_experts, context.valid.shape)
