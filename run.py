@@ -26,6 +26,11 @@ MODES = {  # mode -> module:function
   'infer': 'moe_jax.runs.infer:infer',
   'report': 'moe_jax.runs.report:report',
 }
+HERE = pathlib.Path(__file__).resolve().parent
+ROUTERS = HERE / 'gin' / 'routers'
+# Of --routers: soon compiled and trained, and neither scanned nor rematerialised, where routers cannot be watched.
+QUICK_LOOK = ['NUM_LAYERS = 1', 'EXPERT_EVERY = 1', 'TRAIN_STEPS = 30', 'FAKE_DEVICES = 1', 'SCAN = False']
+QUICK_LOOK += ["REMAT = 'none'"]
 
 
 def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -37,6 +42,7 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
   parser.add_argument('--dry_run', action='store_true', help='build everything, say how large it is, and stop')
   parser.add_argument('--prompt', action='append', help='infer: a text to continue, instead of the task')
   parser.add_argument('--model_dirs', nargs='+', help='report: the runs to compare')
+  parser.add_argument('--routers', action='store_true', help='report: a picture of who goes where, for each router')
   parser.add_argument('--output', help='infer, report: where to write')
   parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
   flags, rest = parser.parse_known_args(arguments)
@@ -54,8 +60,7 @@ def parse_gin(mode: str, files: list[str], bindings: list[str], search_paths: li
   Raises:
     ConfigError: on a name that nothing reads, with the nearest one that something does.
   """
-  here = os.path.dirname(os.path.abspath(__file__))
-  for path in (*search_paths, here):
+  for path in (*search_paths, str(HERE)):
     gin.add_config_file_search_path(path)
   try:
     gin.parse_config_files_and_bindings([f'gin/runs/{mode}.gin', *files], [], finalize_config=False)
@@ -67,7 +72,7 @@ def parse_gin(mode: str, files: list[str], bindings: list[str], search_paths: li
         raise ConfigError(
           f'--gin.{name}={value} is not a value that gin can read. Text needs quotes: --gin.{name}="\'{value}\'"'
         ) from error
-    check_names(gin.config_str(), pathlib.Path(here, 'gin'))
+    check_names(gin.config_str(), HERE / 'gin')
     gin.finalize()
   except OSError as error:
     raise ConfigError(f'{first_line(error)} (gin files are searched in {", ".join(search_paths)}).') from error
@@ -135,11 +140,14 @@ def main(arguments: list[str]) -> int:
 
 def run(flags: argparse.Namespace, bindings: list[str]) -> None:
   """Configures and calls the function of a mode."""
+  if flags.run_mode == 'report' and flags.routers:
+    print(draw_routers(flags, bindings))
+    return
   module, name = MODES[flags.run_mode].split(':')
   function = getattr(importlib.import_module(module), name)
   if flags.run_mode == 'report':
     if not flags.model_dirs:
-      raise ConfigError('--run_mode=report needs --model_dirs=DIR [DIR ...].')
+      raise ConfigError('--run_mode=report needs --model_dirs DIR [DIR ...], or --routers.')
     print(function(flags.model_dirs, output=flags.output))
     return
   if not flags.gin_file:
@@ -153,6 +161,28 @@ def run(flags: argparse.Namespace, bindings: list[str]) -> None:
   if 'config' in accepted:
     given['config'] = gin.config_str()
   gin.get_configurable(function)(**given)
+
+
+def draw_routers(flags: argparse.Namespace, bindings: list[str]) -> pathlib.Path:
+  """A page with a picture of each router of gin/routers/, in the quickstart or whatever experiment is given.
+
+  Raises:
+    ConfigError: naming the first router's file that does not do.
+  """
+  from moe_jax.runs import gallery
+
+  experiment = flags.gin_file or ['gin/experiments/quickstart.gin']
+  pictures = []
+  for path in sorted(ROUTERS.glob('*.gin')):
+    gin.clear_config()
+    try:
+      parse_gin('gallery', [*experiment, str(path)], [*QUICK_LOOK, *bindings], flags.gin_search_paths.split(','))
+      caption = re.search(r'^# *(.*)', path.read_text(), re.MULTILINE)
+      draw = gin.get_configurable(gallery.picture)
+      pictures.append(draw(name=path.stem, caption=caption[1] if caption else ''))
+    except Exception as error:
+      raise ConfigError(f'{path}: {first_line(error)}') from error
+  return gallery.gallery(pictures, **({'output': flags.output} if flags.output else {}))
 
 
 if __name__ == '__main__':

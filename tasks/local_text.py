@@ -97,13 +97,21 @@ def domain(path: bytes) -> int:
   return zlib.crc32(os.path.basename(os.path.dirname(path))) % DOMAINS + 1
 
 
+def _bytes(text: tf.Tensor) -> tf.Tensor:
+  """string[] -> int32[bytes], whatever the bytes are."""
+  return tf.cast(tf.io.decode_raw(text, tf.uint8), tf.int32) + BYTE_OFFSET
+
+
 @seqio.map_over_dataset
 def to_bytes(example: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-  """{'text': string[], ...} -> {'targets': int32[bytes], ...}, whatever the bytes are."""
-  return {
-    'targets': tf.cast(tf.io.decode_raw(example['text'], tf.uint8), tf.int32) + BYTE_OFFSET,
-    'task': example['task'],
-  }
+  """{'text': string[], ...} -> {'targets': int32[bytes]}."""
+  return {'targets': _bytes(example['text'])}
+
+
+@seqio.map_over_dataset
+def to_bytes_and_task(example: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+  """{'text': string[], 'task': int32[]} -> {'targets': int32[bytes], 'task': int32[]}; see `name_task`."""
+  return {'targets': _bytes(example['text']), 'task': example['task']}
 
 
 _BYTES = seqio.Feature(seqio.ByteVocabulary(extra_ids=100))  # 359 ids, the hundred sentinels last
@@ -123,7 +131,7 @@ seqio.TaskRegistry.add(
 seqio.TaskRegistry.add(
   'local_text_domains',
   source=LocalFiles(),
-  preprocessors=[to_bytes, seqio.preprocessors.append_eos, chunk_targets, name_task],
+  preprocessors=[to_bytes_and_task, seqio.preprocessors.append_eos, chunk_targets, name_task],
   output_features={
     'targets': _BYTES,
     'task_ids': seqio.Feature(seqio.PassThroughVocabulary(DOMAINS + 1), add_eos=False),

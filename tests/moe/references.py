@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 from scipy.special import expit, softmax
+from scipy.stats import norm
 
 
 @dataclasses.dataclass
@@ -27,7 +28,7 @@ class Group:
     experts: E.
     train: whether in training.
     index, shape: which group of how many, (G, S), for random draws.
-    key: of the first random draw.
+    keys: of the random draws, first to last.
     state: the router's memories before.
   """
 
@@ -40,12 +41,13 @@ class Group:
   train: bool
   index: int
   shape: tuple[int, int]
-  key: Any
+  keys: Any
   state: dict[str, Any]
 
-  def draw(self, kind, *features, **options):
-    """This group's part of jax.random.<kind>(key, [G, S, *features])."""
-    return np.asarray(getattr(jax.random, kind)(self.key, (*self.shape, *features), **options), np.float64)[self.index]
+  def draw(self, kind, *features, number=0, **options):
+    """This group's part of the draw jax.random.<kind>(key, [G, S, *features])."""
+    drawn = getattr(jax.random, kind)(self.keys[number], (*self.shape, *features), **options)
+    return np.asarray(drawn, np.float64)[self.index]
 
   def capacity(self, factor, choices=1, least=1, multiple=4, per_choice=False, up=False):
     """Slots an expert has."""
@@ -157,10 +159,18 @@ def noisy_top_k(group, k=2, factor=2.0):
   return seat(group, chosen, weights, group.capacity(factor, k))
 
 
+def two_levels(group, groups):
+  """Clean logits, noisy ones and the noise's scale, of groups [S, a] and of the experts in them [S, a, b]."""
+  p, levels = group.params, []
+  for number, (prefix, features) in enumerate([('', (groups,)), ('expert_', (groups, group.experts // groups))]):
+    h, scale = noisy(group, p[f'{prefix}kernel'], p[f'{prefix}noise_kernel'], group.x)
+    levels.append((h, h + scale * (group.draw('normal', *features, number=number) if group.train else 0), scale))
+  return levels
+
+
 def hierarchical(group, groups=4, k=2, k_in=1, factor=2.0):
-  """Without noise: `y = sum_i sum_j G(x)_i G_i(x)_j E_ij(x)`."""
-  h, _ = noisy(group, group.params['kernel'], group.params['noise_kernel'], group.x)
-  h_in, _ = noisy(group, group.params['expert_kernel'], group.params['expert_noise_kernel'], group.x)
+  """`y = sum_i sum_j G(x)_i G_i(x)_j E_ij(x)`."""
+  (_, h, _), (_, h_in, _) = two_levels(group, groups)
   each = group.experts // groups
   chosen, weights = [], []
   for s in range(len(group.x)):
@@ -173,6 +183,23 @@ def hierarchical(group, groups=4, k=2, k_in=1, factor=2.0):
         chosen[s].append(i * each + j)
         weights[s].append(gate * inner_gate)
   return seat(group, chosen, weights, group.capacity(factor, k * k_in))
+
+
+def hierarchical_load(group, groups=4, k=2, k_in=1):
+  """Load_H(i, j) = Load_primary(i) Load_i(X_i)_j / |X_i|, float64[a, b], over the tokens X_i that chose group i."""
+
+  def load(clean, noisy_, scale, k, s):
+    return [norm.cdf((clean[s][i] - np.sort(np.delete(noisy_[s], i))[-k]) / scale[s][i]) for i in range(len(clean[s]))]
+
+  outer, (clean, noisy_, scale) = two_levels(group, groups)
+  real = np.flatnonzero(group.valid)
+  primary = np.sum([load(*outer, k, s) for s in real], axis=0)
+  total = np.zeros((groups, group.experts // groups))
+  for i in range(groups):
+    chose = [s for s in real if i in best(outer[1][s], k)]
+    for s in chose:
+      total[i] += np.array(load(clean[:, i], noisy_[:, i], scale[:, i], k_in, s)) / len(chose)
+  return primary[:, None] * total
 
 
 def prototype(group, k=2, factor=2.0):
@@ -249,7 +276,7 @@ def drawn(group, factor=2.0):
   if group.train:
     logits = np.zeros((*group.shape, group.experts), np.float32)
     logits[group.index] = h
-    chosen = np.asarray(jax.random.categorical(group.key, logits))[group.index]
+    chosen = np.asarray(jax.random.categorical(group.keys[0], logits))[group.index]
   return seat(group, [[int(c)] for c in chosen], np.ones((len(h), 1)), group.capacity(factor))
 
 
@@ -281,7 +308,7 @@ def randomly(group, factor=2.0):
 def thor(group):
   if not group.train:
     return by_place(group, None)
-  one = int(jax.random.randint(group.key, (1, 1), 0, group.experts)[0, 0])
+  one = int(jax.random.randint(group.keys[0], (1, 1), 0, group.experts)[0, 0])
   return seat(group, [[one]] * len(group.x), np.ones((len(group.x), 1)), len(group.x))
 
 

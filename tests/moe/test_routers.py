@@ -114,7 +114,7 @@ CASES = {
   'sigmoid': Case(make(TopKRouter, gates='sigmoid'), make(references.top_k, gates='sigmoid'), gate_sum=1.0),
   'cosine': Case(CosineRouter, references.cosine, gate_sum=1.0),
   'noisy_top_2': Case(NoisyTopKRouter, references.noisy_top_k, gate_sum=1.0),
-  'hierarchical': Case(HierarchicalRouter, references.hierarchical, gate_sum=1.0, modes=(False,)),
+  'hierarchical': Case(HierarchicalRouter, references.hierarchical, gate_sum=1.0),
   'prototype': Case(make(PrototypeRouter, capacity_factor=1.0), make(references.prototype, factor=1.0)),
   'stable_moe': Case(make(StableRouter, vocab_size=VOCAB), references.stable),
   'deepseek_v3': Case(
@@ -283,28 +283,21 @@ def test_gates_keep_their_convention(name):
 @pytest.mark.parametrize('train', [True, False])
 def test_output_and_gradient_are_the_papers(name, train):
   """Against NumPy in float64; its gradient is a difference quotient in a random direction."""
-  case, (tokens, valid) = CASES[name], tokens_and_valid()
+  case, (tokens, _) = CASES[name], tokens_and_valid()
   if train not in case.modes:
     return
-  result, key = route(name, train=train), jax.random.key(7)
-  first_draw = jax.jit(lambda: _Draw().apply({}, rngs={'router': key}))()
+  result = route(name, train=train)
   params, x = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), (variables(name)['params'], tokens))
-  told = context(valid, train)
 
   def output(params, x):
-    outputs = []
-    for g in range(G):
-      group = references.Group(
-        params, x[g], np.asarray(valid[g]), np.asarray(told.token_ids[g]), np.asarray(told.task_ids[g]),
-        case.num_experts, train, g, (G, S), first_draw, variables(name)['state'],
-      )  # fmt: skip
-      times = np.arange(1, case.num_experts + 1)
+    outputs, times = [], np.arange(1, case.num_experts + 1)
+    for group in groups(name, train, params, x):
       if case.mixes:
         dispatch, combine = case.reference(group)
-        slots = np.einsum('sec,sm->ecm', dispatch, x[g]) * times[:, None, None]
+        slots = np.einsum('sec,sm->ecm', dispatch, group.x) * times[:, None, None]
         outputs.append(np.einsum('sec,ecm->sm', combine, slots))
       else:
-        outputs.append((case.reference(group) @ times)[:, None] * x[g])
+        outputs.append((case.reference(group) @ times)[:, None] * group.x)
     return np.stack(outputs)
 
   np.testing.assert_allclose(result.output, output(params, x), rtol=2e-5, atol=2e-5)
@@ -318,12 +311,41 @@ def test_output_and_gradient_are_the_papers(name, train):
   np.testing.assert_allclose(actual, expected, rtol=2e-4, atol=2e-3)
 
 
-class _Draw(nn.Module):
-  """The key of the first random draw that a router makes."""
+def groups(name, train, params, x):
+  """What the reference is told of each group."""
+  told, draws = context(tokens_and_valid()[1], train), jax.jit(_Draws().apply)({}, rngs={'router': jax.random.key(7)})
+  ids, tasks, valid = (np.asarray(v) for v in (told.token_ids, told.task_ids, told.valid))
+  experts, state = CASES[name].num_experts, variables(name)['state']
+  return [
+    references.Group(params, x[g], valid[g], ids[g], tasks[g], experts, train, g, (G, S), draws, state)
+    for g in range(G)
+  ]
+
+
+class _Draws(nn.Module):
+  """The keys of the random draws that a router makes, first to last."""
 
   @nn.compact
   def __call__(self):
-    return self.make_rng('router')
+    return [self.make_rng('router') for _ in range(2)]
+
+
+def test_losses_of_two_levels():
+  """Importance_H and Load_H (Shazeer 2017, appendix B): squared coefficients of variation over all experts."""
+  given = variables('hierarchical')['params'], tokens_and_valid()[0]
+  params, x = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), given)
+  loose = functools.partial(references.hierarchical, factor=None)  # importance is before capacity
+  real = [group for group in groups('hierarchical', True, params, x) if group.valid.any()]
+  weigh = functools.partial(np.average, weights=[group.valid.sum() for group in real])
+
+  def squared_cv(amounts):
+    return (amounts.std() / amounts.mean()) ** 2
+
+  importance = weigh([squared_cv(loose(group).sum(0)) for group in real])
+  load = weigh([squared_cv(references.hierarchical_load(group)) for group in real])
+  losses = route('hierarchical').aux.losses
+  np.testing.assert_allclose(losses['importance'], 0.1 * importance, rtol=1e-4)
+  np.testing.assert_allclose(losses['load'], 0.1 * load, rtol=1e-4)
 
 
 def test_padding_goes_nowhere_and_what_it_holds_changes_nothing(name):

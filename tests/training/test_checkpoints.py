@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from moe_jax import sharding
+from moe_jax.moe.routers.bias_balanced import BiasBalancedRouter
 from moe_jax.objectives import LanguageModeling
 from moe_jax.training import optimizers
 from moe_jax.training.checkpoints import Checkpointer
@@ -36,14 +37,18 @@ class Counter:
 def prepare(mesh, **options):
   spec = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in tiny.batch().items()}
   with sharding.activate(mesh, RULES):
-    make_state, state_spec, _ = init_state(LanguageModeling(tiny.decoder_only(**options)), OPTIMIZER, spec, mesh)
+    make_state, state_spec, _ = init_state(
+      LanguageModeling(tiny.decoder_only(router=BiasBalancedRouter, **options)), OPTIMIZER, spec, mesh
+    )
   return make_state, state_spec
 
 
 def saved(folder, mesh, step=5):
   make_state, _ = prepare(mesh)
   with sharding.activate(mesh, RULES), Checkpointer(folder) as checkpointer:
-    state = make_state().replace(step=np.int32(step))
+    state = make_state()
+    assert jax.tree.leaves(state.variables), 'routers remember'
+    state = state.replace(step=np.int32(step), variables=jax.tree.map(lambda x: x + 0.25, state.variables))
     checkpointer.save(state, Counter(at=41))
   return jax.device_get(state)
 
@@ -68,6 +73,7 @@ def test_parameters_come_back_without_the_optimizer(tmp_path, mesh):
     state = checkpointer.restore(spec.replace(opt_state=None))
   assert state.opt_state is None
   jax.tree.map(np.testing.assert_array_equal, before.params, jax.device_get(state.params))
+  jax.tree.map(np.testing.assert_array_equal, before.variables, jax.device_get(state.variables))
 
 
 def test_only_the_newest_are_kept(tmp_path, mesh):
