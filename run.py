@@ -28,9 +28,6 @@ MODES = {  # mode -> module:function
 }
 HERE = pathlib.Path(__file__).resolve().parent
 ROUTERS = HERE / 'gin' / 'routers'
-# Of --routers: soon compiled and trained, and neither scanned nor rematerialised, where routers cannot be watched.
-QUICK_LOOK = ['NUM_LAYERS = 1', 'EXPERT_EVERY = 1', 'TRAIN_STEPS = 30', 'FAKE_DEVICES = 1', 'SCAN = False']
-QUICK_LOOK += ["REMAT = 'none'"]
 
 
 def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -140,7 +137,9 @@ def main(arguments: list[str]) -> int:
 
 def run(flags: argparse.Namespace, bindings: list[str]) -> None:
   """Configures and calls the function of a mode."""
-  if flags.run_mode == 'report' and flags.routers:
+  if flags.routers:
+    if flags.run_mode != 'report':
+      raise ConfigError('--routers goes with --run_mode=report.')
     print(draw_routers(flags, bindings))
     return
   module, name = MODES[flags.run_mode].split(':')
@@ -176,7 +175,8 @@ def draw_routers(flags: argparse.Namespace, bindings: list[str]) -> pathlib.Path
   for path in sorted(ROUTERS.glob('*.gin')):
     gin.clear_config()
     try:
-      parse_gin('gallery', [*experiment, str(path)], [*QUICK_LOOK, *bindings], flags.gin_search_paths.split(','))
+      files = [*experiment, str(path), 'gin/runs/gallery_size.gin']
+      parse_gin('gallery', files, bindings, flags.gin_search_paths.split(','))
       caption = re.search(r'^# *(.*)', path.read_text(), re.MULTILINE)
       draw = gin.get_configurable(gallery.picture)
       pictures.append(draw(name=path.stem, caption=caption[1] if caption else ''))

@@ -74,21 +74,27 @@ class LanguageModeling:
       lengths = jnp.zeros(logits.shape[-1]).at[: len(self.token_bytes)].set(jnp.asarray(self.token_bytes, jnp.float32))
       metrics['target_bytes'] = jnp.sum(lengths[targets] * weights)
     if train:
-      if self.label_smoothing:
-        spread = -jnp.mean(jax.nn.log_softmax(logits), axis=-1)
-        loss += self.label_smoothing * (jnp.sum(spread * weights) / count - loss)
-      if self.z_loss:
-        loss += self.z_loss * jnp.sum(jax.nn.logsumexp(logits, axis=-1) ** 2 * weights) / count
+      loss = self.smoothed(loss, logits, weights, count)
       if self.consistency:
         other_rngs = {name: jax.random.fold_in(key, 1) for name, key in (rngs or {}).items()}
         (others, _), _ = self.model.apply(variables, batch, train=True, rngs=other_rngs, mutable=[STATE])
-        others_loss = optax.softmax_cross_entropy_with_integer_labels(others, targets)
+        others_cross_entropy = optax.softmax_cross_entropy_with_integer_labels(others, targets)
+        others_loss = self.smoothed(jnp.sum(others_cross_entropy * weights) / count, others, weights, count)
         metrics['inconsistency'] = jnp.sum(symmetric_kl(logits, others) * weights) / count
-        loss += jnp.sum(others_loss * weights) / count + self.consistency * metrics['inconsistency']
+        loss += others_loss + self.consistency * metrics['inconsistency']
       auxiliary = total_loss(aux) + _reinforced(aux, jax.lax.stop_gradient(cross_entropy), weights)
       metrics |= {'aux_loss': auxiliary, **{f'loss/{key}': value for key, value in aux.losses.items()}}
       loss += auxiliary
     return loss, ({'loss': loss, **metrics, **aux.metrics}, state)
+
+  def smoothed(self, loss: Array, logits: Array, weights: Array, count: Array) -> Array:
+    """The cross-entropy float32[] of a pass, with label smoothing and z-loss."""
+    if self.label_smoothing:
+      spread = -jnp.mean(jax.nn.log_softmax(logits), axis=-1)
+      loss = (1 - self.label_smoothing) * loss + self.label_smoothing * jnp.sum(spread * weights) / count
+    if self.z_loss:
+      loss += self.z_loss * jnp.sum(jax.nn.logsumexp(logits, axis=-1) ** 2 * weights) / count
+    return loss
 
 
 def symmetric_kl(logits: Array, others: Array) -> Array:

@@ -39,10 +39,16 @@ _CACHE_LIMIT = 2**30  # bytes; jax keeps what it compiled for ever
 @pytest.fixture(scope='session', autouse=True)
 def _compilation_cache() -> None:
   """What one run compiled, the next one reads."""
-  if sum(file.stat().st_size for file in _CACHE.glob('*') if file.is_file()) > _CACHE_LIMIT:
-    shutil.rmtree(_CACHE, ignore_errors=True)
   jax.config.update('jax_compilation_cache_dir', str(_CACHE))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+  """Empties the cache when it has grown too large, before any worker reads it."""
+  if hasattr(config, 'workerinput'):
+    return
+  if sum(file.stat().st_size for file in _CACHE.glob('*') if file.is_file()) > _CACHE_LIMIT:
+    shutil.rmtree(_CACHE, ignore_errors=True)
 
 
 @pytest.fixture

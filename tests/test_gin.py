@@ -1,6 +1,7 @@
 """Every gin file is good for something."""
 
 import pathlib
+import warnings
 
 import gin
 import pytest
@@ -32,6 +33,17 @@ def test_experiments_build_and_trace(experiment):
 def test_every_choice_goes_with_the_quickstart(choice):
   files = [f'--gin_file={FOLDER}/experiments/quickstart.gin', f'--gin_file={choice}']
   assert run.main(['--debug', '--dry_run', *files]) == 0
+
+
+def test_an_encoder_has_a_router_of_its_own_where_a_file_gives_one():
+  """A router that looks ahead for the encoder, and the next file's for the decoder."""
+  files = ['gin/experiments/st_moe_tiny.gin', 'gin/routers/expert_choice.gin', 'gin/routers/top_2.gin']
+  with warnings.catch_warnings():
+    warnings.simplefilter('error', UserWarning)  # of a router that looks ahead in a decoder
+    assert run.main(['--debug', '--dry_run', *(f'--gin_file={file}' for file in files)]) == 0
+  gin.clear_config()
+  with pytest.warns(UserWarning, match='looks at later tokens'):
+    assert run.main(['--debug', '--dry_run', *(f'--gin_file={file}' for file in files[:2])]) == 0
 
 
 def test_a_name_that_nothing_reads_is_an_error_in_a_file_too(tmp_path, capsys):

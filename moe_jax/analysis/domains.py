@@ -11,10 +11,11 @@ def domain_posterior(log_probs: Array, prior: Array | None = None) -> Array:
 
   Args:
     log_probs: float32[D, B, L], log p(x_t | x_<t, D = j) of each token that came, under each domain; 0 for padding.
+      One text a row: the texts of a packed row would be taken for one.
     prior: float32[D]; None: all alike.
   """
   domains = log_probs.shape[0]
-  before = jnp.cumsum(log_probs, axis=-1) - log_probs
+  before = jnp.cumsum(jnp.pad(log_probs[..., :-1], ((0, 0), (0, 0), (1, 0))), axis=-1)
   log_prior = jnp.log(jnp.full(domains, 1 / domains) if prior is None else prior)
   return jax.nn.softmax(before + log_prior[:, None, None], axis=0)
 

@@ -49,7 +49,6 @@ class EncoderDecoder(nn.Module):
       positions=batch['encoder_positions'],
       token_count=token_count(batch, 'encoder'),
       token_ids=tokens,
-      task_ids=batch.get('encoder_task_ids'),
       causal=False,
       train=train,
     )

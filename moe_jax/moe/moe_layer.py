@@ -99,6 +99,7 @@ class MoELayer(nn.Module):
       token_count=context.token_count,
       token_ids=None if context.token_ids is None else group(context.token_ids),
       task_ids=None if context.task_ids is None else group(context.task_ids),
+      positions=group(context.positions),
       segment_ids=segment_ids,
       row_length=length,
       train=context.train,
@@ -106,11 +107,11 @@ class MoELayer(nn.Module):
     tokens = group(x)
     router = self.router(num_experts=self.num_experts, name='router')
     if context.causal and not router.causal:
-      warnings.warn(
-        f'{type(router).__name__} looks at later tokens: in a causal model its loss is too good to be true, and it'
-        ' cannot generate. Use it in an encoder.',
-        stacklevel=2,
-      )
+      advice = f'{type(router).__name__} looks at later tokens: in a decoder its loss is too good to be true, and it'
+      advice += ' cannot generate. Use it in an encoder (ENCODER_ROUTER).'
+      if context.cache_length:
+        raise ConfigError(advice)
+      warnings.warn(advice, stacklevel=2)
     plan, aux = router(tokens, routing_context)
     bank = self.experts(num_experts=self.num_experts, features=width, name='experts')()
     y = self.dispatcher(bank, tokens, plan)

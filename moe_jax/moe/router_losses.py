@@ -65,7 +65,7 @@ def router_entropy(probs: Array, valid: Array, token_count: Array) -> Array:
 
 
 def expert_load(expert_index: Array, num_experts: int, valid: Array, token_count: Array) -> Array:
-  """float32[E], the share of all choices that each expert is asked for, before capacity; 1/E at perfect balance."""
+  """float32[E], how often each expert is asked, as a share of K a token; 1/E at perfect balance if all K are made."""
   counts = jnp.sum(choice_counts(expert_index, num_experts, valid), axis=0)
   return counts / (expert_index.shape[-1] * jnp.maximum(token_count, 1))
 

@@ -60,7 +60,7 @@ def summarize(values: Mapping[str, Any]) -> str:
   facts.append(f'{values["tokens_per_second"]:,.0f} tokens/s')
   loads = [np.asarray(value) for key, value in values.items() if key.endswith('/expert_load')]
   if loads:
-    busiest = max(float((load * load.shape[-1]).max()) for load in loads)
+    busiest = max(float(np.max(load / np.maximum(load.mean(-1, keepdims=True), 1e-20))) for load in loads)
     facts.append(f'busiest expert {busiest:.2f}x')
   return '  '.join(facts)
 

@@ -148,7 +148,10 @@ def train(
     # ---- Tell -------------------------------------------------------------------------------------------------------
     summary |= baselines(program, data, eval_steps)
     if strategy:
-      summary['sample'] = sample(program, variables_of(state), data, strategy, max_new_tokens)
+      try:
+        summary['sample'] = sample(program, variables_of(state), data, strategy, max_new_tokens)
+      except ConfigError as error:  # some routers cannot generate, and the run is none the worse for it
+        say(f'No sample: {error}')
   if main:
     (folder / 'summary.json').write_text(json.dumps(summary, indent=2))
     summary['report'] = str(report([str(folder)]))

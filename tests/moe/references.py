@@ -168,7 +168,7 @@ def two_levels(group, groups):
   return levels
 
 
-def hierarchical(group, groups=4, k=2, k_in=1, factor=2.0):
+def hierarchical(group, groups=4, k=2, k_in=2, factor=2.0):
   """`y = sum_i sum_j G(x)_i G_i(x)_j E_ij(x)`."""
   (_, h, _), (_, h_in, _) = two_levels(group, groups)
   each = group.experts // groups
@@ -185,7 +185,7 @@ def hierarchical(group, groups=4, k=2, k_in=1, factor=2.0):
   return seat(group, chosen, weights, group.capacity(factor, k * k_in))
 
 
-def hierarchical_load(group, groups=4, k=2, k_in=1):
+def hierarchical_load(group, groups=4, k=2, k_in=2):
   """Load_H(i, j) = Load_primary(i) Load_i(X_i)_j / |X_i|, float64[a, b], over the tokens X_i that chose group i."""
 
   def load(clean, noisy_, scale, k, s):

@@ -233,9 +233,9 @@ def test_the_bias_moves_once_a_step(mesh):
   np.testing.assert_array_equal(check_bias(BiasBalancedRouter, mesh(data=2, expert=4), microbatches=4), bias)
 
   class EveryMicrobatch(BiasBalancedRouter):
-    def gathered(self, name, amount, context):
+    def gathered(self, context, **amounts):
       """The defect: a microbatch is taken for a whole step."""
-      return amount, jnp.asarray(context.train)
+      return amounts, jnp.asarray(context.train)
 
   with pytest.raises(AssertionError, match='bias on'):
     check_bias(EveryMicrobatch, mesh(), microbatches=4)

@@ -10,7 +10,7 @@ import numpy as np
 from moe_jax.moe.routers.base import RoutingContext
 from moe_jax.moe.routers.bias_balanced import BiasBalancedRouter
 from moe_jax.moe.routers.dense import DenseRouter
-from moe_jax.moe.routers.hashing import BalancedHashRouter, balanced_table, clustered_table, random_table
+from moe_jax.moe.routers.hashing import BalancedHashRouter, HashRouter, balanced_table, clustered_table, random_table
 from moe_jax.moe.routers.stable import StableRouter
 
 G, S, M, E, VOCAB = 4, 32, 8, 4, 16
@@ -100,6 +100,13 @@ def test_hashes_are_balanced_by_what_was_counted():
   np.testing.assert_array_equal(chosen[..., 0], balanced_table(E, counts)[IDS])
 
 
+def test_a_table_is_made_while_a_model_is_traced():
+  counts = np.bincount(IDS.ravel(), minlength=VOCAB)
+  router = HashRouter(num_experts=E, table=functools.partial(balanced_table, counts=counts))
+  plan, _, _ = call(router, {}, TOKENS, IDS, True, jnp.float32(G * S))
+  np.testing.assert_array_equal(plan.expert_index[..., 0], balanced_table(E, counts)[IDS])
+
+
 def test_tables():
   counts = np.array([50, 30, 20, 10, 10, 5, 5])
   np.testing.assert_array_equal(balanced_table(2, counts), [0, 1, 1, 0, 1, 0, 1])  # loads 65 and 65
@@ -120,3 +127,13 @@ def test_the_constraint_of_2013_holds_back_who_has_had_too_much():
     used.append(np.any(chosen == 0))
   assert used[0] and not used[1], 'expert 0 took nearly all, and pauses'
   assert used[3] and used[4], 'then the constraint is off'
+
+
+def test_an_expert_that_took_everything_can_be_held_back():
+  """Its gates are exactly 1 and the others' 0, so that without it nothing would be left to divide by."""
+  router = DenseRouter(num_experts=E)
+  variables = start(router)
+  variables['params']['kernel'] = variables['params']['kernel'].at[:, 0].set(1000.0)
+  for _ in range(2):
+    chosen, _, variables = step(router, variables)
+  assert np.all(np.isfinite(jax.tree.leaves(variables['state'])[-1])) and not np.any(chosen == 0)

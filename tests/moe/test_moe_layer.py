@@ -1,5 +1,6 @@
 """The expert layer against a loop over tokens and experts, and how it makes its groups."""
 
+import dataclasses
 import functools
 import re
 
@@ -15,6 +16,7 @@ from moe_jax.layers.context import Context
 from moe_jax.layers.mlp import Mlp
 from moe_jax.moe.experts import Experts
 from moe_jax.moe.moe_layer import MoELayer, rows_per_group
+from moe_jax.moe.routers.hashing import RandomRouter, RoundRobinRouter
 from moe_jax.moe.routers.top_k import TopKRouter
 from moe_jax.types import ConfigError
 
@@ -178,6 +180,20 @@ def test_decoding_one_token_at_a_time_equals_the_whole():
   whole, _ = apply(layer(), weights(), X, context())
   for t in (0, L - 1):
     y, _ = apply(layer(), weights(), X[:, t : t + 1], context(SEGMENTS[:, t : t + 1], cache_length=L))
+    np.testing.assert_allclose(y, whole[:, t : t + 1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('router', [RoundRobinRouter, RandomRouter, functools.partial(RandomRouter, share='batch')])
+def test_experts_in_turn_go_by_position_and_not_by_place_in_the_batch(router):
+  """A token alone, in whatever row of a decoding step, has the expert that it has in its text."""
+  module = dataclasses.replace(layer(), router=router)
+  segments, positions = jnp.ones((B, L), jnp.int32), jnp.broadcast_to(jnp.arange(L), (B, L))
+  told = Context(segments, positions, jnp.float32(B * L))
+  params = {'experts': weights()['experts']}
+  whole, _ = apply(module, params, X, told)
+  for t in (0, 3, L - 1):
+    step = Context(segments[:, :1], positions[:, t : t + 1], jnp.float32(B), cache_length=L)
+    y, _ = apply(module, params, X[:, t : t + 1], step)
     np.testing.assert_allclose(y, whole[:, t : t + 1], rtol=1e-5, atol=1e-6)
 
 

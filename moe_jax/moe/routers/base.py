@@ -6,8 +6,9 @@ import jax.numpy as jnp
 from flax import struct
 
 from moe_jax import sharding
+from moe_jax.moe import router_losses
 from moe_jax.moe.routing_plan import DensePlan, RoutingPlan, assign_slots, expert_capacity
-from moe_jax.types import Array, Aux, Dtype, Initializer
+from moe_jax.types import Array, Aux, ConfigError, Dtype, Initializer
 
 _KERNEL_INIT = nn.initializers.normal(0.02)
 
@@ -21,6 +22,7 @@ class RoutingContext:
     token_count: float32[], real tokens of the whole batch.
     token_ids: int32[G, S] or None.
     task_ids: int32[G, S] or None, of tasks, languages or domains, from 1; 0 is padding.
+    positions: int32[G, S] or None, of each token in its text.
     segment_ids: int32[G, S] or None; the segments of a row are different texts.
     row_length: tokens in a row of the batch; groups in a row make whole rows. None: a group is a row.
     train: static.
@@ -30,9 +32,21 @@ class RoutingContext:
   token_count: Array
   token_ids: Array | None = None
   task_ids: Array | None = None
+  positions: Array | None = None
   segment_ids: Array | None = None
   row_length: int | None = struct.field(pytree_node=False, default=None)
   train: bool = struct.field(pytree_node=False, default=False)
+
+  def known(self, name: str) -> Array:
+    """The ids or positions of that name.
+
+    Raises:
+      ConfigError: if the model does not pass them on.
+    """
+    values = getattr(self, name)
+    if values is None:
+      raise ConfigError(f'This router goes by {name}, which the model or its batch does not have.')
+    return values
 
   def rows(self, values: Array) -> Array:
     """[G, S, ...] -> [B, L, ...], groups as the rows of the batch that they were."""
@@ -67,7 +81,7 @@ class Router(nn.Module):
 
   @property
   def causal(self) -> bool:
-    """Whether a token's way, but for drops in training, is settled by itself and what went before it."""
+    """Whether outside training a token's way is settled by itself and what went before: else it cannot generate."""
     return True
 
   def capacity(self, group_size: int, train: bool) -> int:
@@ -93,8 +107,8 @@ class Router(nn.Module):
 
   def linear(self, name: str, x: Array, features: tuple[int, ...], init: Initializer = _KERNEL_INIT) -> Array:
     """float[..., M] -> float32[..., *features], without a bias."""
-    kernel = self.param(name, sharding.partitioned(init, 'embed', *(None,) * len(features)), (x.shape[-1], *features))
-    return jnp.tensordot(x.astype(jnp.float32), kernel, axes=1, precision=jax.lax.Precision.HIGHEST)
+    axes = 'embed', *(None,) * len(features)
+    return tensordot(x, self.param(name, sharding.partitioned(init, *axes), (x.shape[-1], *features)))
 
   def memory(self, name: str, shape: tuple[int, ...] = (), dtype: Dtype = 'float32') -> nn.Variable:
     """What the router remembers from step to step: zeros at first, without a gradient, saved with the parameters.
@@ -108,23 +122,64 @@ class Router(nn.Module):
     if context.train and not self.is_initializing():
       memory.value = jax.lax.stop_gradient(value)
 
-  def gathered(self, name: str, amount: Array, context: RoutingContext) -> tuple[Array, Array]:
-    """Adds up an amount over the microbatches of a training step.
+  @property
+  def steps_done(self) -> Array:
+    """Whole training steps before this one, float32[], of a router that calls `gathered`."""
+    return self.get_variable('state', 'steps', jnp.float32(0))
+
+  def gathered(self, context: RoutingContext, **amounts: Array) -> tuple[dict[str, Array], Array]:
+    """Adds up amounts over the microbatches of a training step; to be called once.
 
     Returns:
-      The total since the step began, and bool[], whether this is all of it (never outside training).
+      Their totals since the step began, and bool[], whether that is all of it (never outside training).
     """
-    total, seen = self.memory(name, amount.shape), self.memory(f'{name}_tokens')
-    sum_, tokens = total.value + jax.lax.stop_gradient(amount), seen.value + jnp.sum(context.valid)
-    whole = tokens >= context.token_count * (1 - 1e-6)  # float32 does not count beyond 2^24 one by one
-    self.remember(total, jnp.where(whole, 0.0, sum_), context)
-    self.remember(seen, jnp.where(whole, 0.0, tokens), context)
-    return sum_, whole & context.train
+    tokens, steps = self.memory('tokens'), self.memory('steps')
+    seen = tokens.value + jnp.sum(context.valid)
+    whole = (seen >= context.token_count * (1 - 1e-6)) & context.train  # float32 counts no tokens beyond 2^24
+    totals = {}
+    for name, amount in amounts.items():
+      memory = self.memory(name, amount.shape)
+      totals[name] = memory.value + jax.lax.stop_gradient(amount)
+      self.remember(memory, jnp.where(whole, 0.0, totals[name]), context)
+    self.remember(tokens, jnp.where(whole, 0.0, seen), context)
+    self.remember(steps, steps.value + whole, context)
+    return totals, whole
 
-  def steps_done(self, context: RoutingContext) -> Array:
-    """How many whole steps this router was trained for before this one, float32[]."""
-    steps = self.memory('steps')
-    _, whole = self.gathered('step', jnp.float32(0), context)
-    before = steps.value
-    self.remember(steps, before + whole, context)
-    return before
+
+class FixedRouter(Router):
+  """Base of routers that know the one expert of each token beforehand; the gate is 1."""
+
+  @property
+  def choices_per_token(self) -> float:
+    return 1
+
+  def choose(self, context: RoutingContext) -> Array:
+    """The expert of each token, int32[G, S]."""
+    raise NotImplementedError
+
+  @nn.compact
+  def __call__(self, tokens: Array, context: RoutingContext) -> tuple[RoutingPlan, Aux]:
+    expert_index = self.choose(context)[..., None]
+    plan = self.plan(expert_index, jnp.ones(expert_index.shape, jnp.float32), context)
+    return plan, Aux(metrics=router_losses.plan_metrics(plan, context.valid, context.token_count))
+
+
+def einsum(equation: str, *arrays: Array) -> Array:
+  """In float32, which TPUs do only when asked to."""
+  return jnp.einsum(equation, *(x.astype(jnp.float32) for x in arrays), precision=jax.lax.Precision.HIGHEST)
+
+
+def tensordot(x: Array, kernel: Array) -> Array:
+  """float[..., M], float[M, ...] -> float32[..., ...], in float32 as `einsum`."""
+  return jnp.tensordot(x.astype(jnp.float32), kernel, axes=1, precision=jax.lax.Precision.HIGHEST)
+
+
+def unit(x: Array, axis: int) -> Array:
+  """x / |x| along an axis, 0 where x is."""
+  return x * jax.lax.rsqrt(jnp.sum(x**2, axis=axis, keepdims=True) + 1e-12)
+
+
+def normalised(gates: Array, total: Array | None = None) -> Array:
+  """Divides float32[..., K] by their sum, or by that of others; 0 where all are."""
+  total = jnp.sum(gates if total is None else total, axis=-1, keepdims=True)
+  return gates / (total + 1e-20)

@@ -12,7 +12,7 @@ from moe_jax.moe.routing_plan import RoutingPlan
 from moe_jax.types import Array, Aux
 
 
-class BaseRouter(Router):
+class BaseLayersRouter(Router):
   """Scores are x . c_e. In training the tokens of a group are dealt out evenly; outside it each takes its own best.
 
   The gate is sigmoid(score), the one way by which the centroids learn: with the residual path that gives
@@ -69,17 +69,22 @@ def balanced_assignment(
   scores = jnp.where(finite, scores, jnp.min(scores, where=finite, initial=jnp.inf, axis=(1, 2), keepdims=True))
   if prices is None:
     prices = jnp.zeros((scores.shape[0], scores.shape[2]))
-  auction = functools.partial(_auction, tolerance=tolerance, max_rounds=max_rounds)
-  return jax.vmap(auction)(scores, valid, prices)
+  auction = functools.partial(auction_of_group, tolerance=tolerance, max_rounds=max_rounds)
+  return jax.vmap(auction)(scores, valid, prices)[0]
 
 
-def _auction(scores: Array, valid: Array, start: Array, tolerance: float, max_rounds: int) -> Array:
-  """One group: float32[S, E], bool[S], float32[E] -> int32[S]."""
+def auction_of_group(
+  scores: Array, valid: Array, start: Array, tolerance: float, max_rounds: int
+) -> tuple[Array, Array]:
+  """One group: float32[S, E], bool[S], float32[E] -> int32[S], and how many rounds it took."""
   size, num_experts = scores.shape
   part = -(-jnp.sum(valid) // num_experts)
   gain = jnp.max(scores, axis=-1) - jnp.mean(scores, axis=-1)
   step = tolerance * jnp.sum(jnp.where(valid, gain, 0.0)) / jnp.maximum(jnp.sum(valid), 1) + 1e-6
-  everyone = jnp.arange(size)
+  # Where tokens do not divide, indifferent bidders take the rest: only with all places taken are any prices right.
+  rest = jnp.arange(num_experts - 1) < part * num_experts - jnp.sum(valid)
+  scores, bidders = jnp.pad(scores, ((0, num_experts - 1), (0, 0))), jnp.concatenate([valid, rest])
+  everyone = jnp.arange(len(bidders))
 
   def held(owner: Array) -> Array:
     return jnp.zeros(num_experts + 1, jnp.int32).at[owner].add(1)[:num_experts]
@@ -89,20 +94,20 @@ def _auction(scores: Array, valid: Array, start: Array, tolerance: float, max_ro
     lowest = jnp.full(num_experts + 1, jnp.inf).at[owner].min(bid)[:num_experts]
     price = jnp.where(held(owner) < part, start, lowest)
     value, best = jax.lax.top_k(scores - price[None], 2)
-    waiting = valid & (owner == num_experts)
+    waiting = bidders & (owner == num_experts)
     offer = jnp.take_along_axis(scores, best[:, :1], axis=-1)[:, 0] - value[:, 1] + step
     owner, bid = jnp.where(waiting, best[:, 0], owner), jnp.where(waiting, offer, bid)
     order = jnp.lexsort((-bid, owner))
     first = jnp.searchsorted(owner[order], jnp.arange(num_experts + 1))
-    rank = jnp.zeros(size, jnp.int32).at[order].set((everyone - first[owner[order]]).astype(jnp.int32))
+    rank = jnp.zeros(len(bidders), jnp.int32).at[order].set((everyone - first[owner[order]]).astype(jnp.int32))
     return jnp.where(rank < part, owner, num_experts), bid, rounds + 1
 
   def unsettled(carry: tuple[Array, Array, Array]) -> Array:
-    return jnp.any(valid & (carry[0] == num_experts)) & (carry[2] < max_rounds)
+    return jnp.any(bidders & (carry[0] == num_experts)) & (carry[2] < max_rounds)
 
-  nobody = jnp.full(size, num_experts, jnp.int32)
-  owner, _, _ = jax.lax.while_loop(unsettled, auction_round, (nobody, jnp.zeros(size), jnp.int32(0)))
-  left = valid & (owner == num_experts)
+  nobody = jnp.full(len(bidders), num_experts, jnp.int32)
+  owner, _, rounds = jax.lax.while_loop(unsettled, auction_round, (nobody, jnp.zeros(len(bidders)), jnp.int32(0)))
+  left = bidders & (owner == num_experts)
   vacant = jnp.cumsum(jnp.maximum(part - held(owner), 0))
   filled = jnp.searchsorted(vacant, jnp.cumsum(left) - 1, side='right').astype(jnp.int32)
-  return jnp.where(valid, jnp.where(left, filled, owner), 0)
+  return jnp.where(valid, jnp.where(left, filled, owner)[:size], 0), rounds

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.moe import router_losses
-from moe_jax.moe.routers.base import Router, RoutingContext
+from moe_jax.moe.routers.base import Router, RoutingContext, normalised
 from moe_jax.moe.routing_plan import RoutingPlan
 from moe_jax.types import Array, Aux, ConfigError
 
@@ -51,17 +51,17 @@ class BiasBalancedRouter(Router):
     valid, count = context.valid, context.token_count
     scores = jax.nn.sigmoid(self.logits(tokens))
     bias = self.memory('bias', (self.num_experts,))
-    expert_index = jax.lax.top_k(self.limited(scores + bias.value[None, None]), self.num_selected)[1]
+    expert_index = jax.lax.top_k(self.group_limited(scores + bias.value[None, None]), self.num_selected)[1]
     gates = jnp.take_along_axis(scores, expert_index, axis=-1)
-    gates = self.route_scale * gates / jnp.sum(gates, axis=-1, keepdims=True)
+    gates = self.route_scale * normalised(gates)
     plan = self.plan(expert_index, gates, context)
 
     load = jnp.sum(router_losses.choice_counts(expert_index, self.num_experts, valid), axis=0)
-    load, whole_step = self.gathered('load', load, context)
-    step = self.bias_rate * jnp.sign(jnp.mean(load) - load)
-    self.remember(bias, bias.value + jnp.where(whole_step, step, 0.0), context)
+    totals, step_ends = self.gathered(context, load=load)
+    missing = jnp.mean(totals['load']) - totals['load']
+    self.remember(bias, bias.value + jnp.where(step_ends, self.bias_rate * jnp.sign(missing), 0.0), context)
 
-    probs = scores / jnp.sum(scores, axis=-1, keepdims=True)
+    probs = normalised(scores)
     probs_, choices, real = map(context.rows, (probs, expert_index, valid))
     balance = router_losses.load_balance_loss(probs_, choices, real, count)
     entropy = router_losses.router_entropy(probs, valid, count)
@@ -74,7 +74,7 @@ class BiasBalancedRouter(Router):
       },
     )
 
-  def limited(self, scores: Array) -> Array:
+  def group_limited(self, scores: Array) -> Array:
     """Puts -inf in place of the experts outside a token's best groups: float32[G, S, E]."""
     if self.num_groups == 1:
       return scores

@@ -1,10 +1,10 @@
 """Cosine router: tokens and experts meet in a small space, on the sphere (X-MoE, Chi et al. 2022)."""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from moe_jax import sharding
+from moe_jax.moe.routers.base import einsum, unit
 from moe_jax.moe.routers.top_k import TopKRouter
 from moe_jax.types import Array
 
@@ -28,10 +28,4 @@ class CosineRouter(TopKRouter):
     centroids = self.param('centroids', init, (width, self.num_experts))
     start = nn.initializers.constant(self.initial_temperature)
     temperature = self.param('temperature', sharding.partitioned(start), ())
-    cosine = jnp.einsum('gsw,we->gse', unit(projected, -1), unit(centroids, 0), precision=jax.lax.Precision.HIGHEST)
-    return cosine / jnp.maximum(temperature, 1e-2)
-
-
-def unit(x: Array, axis: int) -> Array:
-  """x / |x| along an axis, 0 where x is."""
-  return x * jax.lax.rsqrt(jnp.sum(x**2, axis=axis, keepdims=True) + 1e-12)
+    return einsum('gsw,we->gse', unit(projected, -1), unit(centroids, 0)) / jnp.maximum(temperature, 1e-2)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from moe_jax import sharding
 from moe_jax.layers.initializers import fan_in
 from moe_jax.moe import router_losses
-from moe_jax.moe.routers.base import Router, RoutingContext
+from moe_jax.moe.routers.base import Router, RoutingContext, tensordot
 from moe_jax.moe.routing_plan import RoutingPlan
 from moe_jax.types import Array, Aux, ConfigError, Initializer
 
@@ -53,15 +53,15 @@ class DenseRouter(AllExpertsRouter):
     valid, count = context.valid, context.token_count
     hidden = jax.nn.relu(self.linear('hidden', tokens, (self.hidden_dim,), fan_in(0, 1)))
     init = sharding.partitioned(nn.initializers.normal(0.02), None, None)
-    gates = jax.nn.softmax(hidden @ self.param('kernel', init, (self.hidden_dim, self.num_experts)), axis=-1)
-    total, steps = self.memory('total', (self.num_experts,)), self.steps_done(context)
+    logits = tensordot(hidden, self.param('kernel', init, (self.hidden_dim, self.num_experts)))
+    total = self.memory('total', (self.num_experts,))
     if context.train:
       had_too_much = total.value > (1 + self.margin) * jnp.mean(total.value)
-      gates *= 1.0 - (had_too_much & (steps < self.balanced_steps))[None, None]
-      gates /= jnp.sum(gates, axis=-1, keepdims=True)
+      logits = jnp.where((had_too_much & (self.steps_done < self.balanced_steps))[None, None], -jnp.inf, logits)
+    gates = jax.nn.softmax(logits, axis=-1)
     load = jnp.sum(jnp.where(valid[..., None], gates, 0.0), axis=(0, 1))
-    of_step, whole_step = self.gathered('load', load, context)
-    self.remember(total, total.value + jnp.where(whole_step, of_step, 0.0), context)
+    of_step, step_ends = self.gathered(context, load=load)
+    self.remember(total, total.value + jnp.where(step_ends, of_step['load'], 0.0), context)
     entropy = router_losses.router_entropy(gates, valid, count)
     metrics = {'router_entropy': entropy, 'expert_load': load / jnp.maximum(count, 1)}
     return self.weighed(gates, context), Aux(metrics=metrics)

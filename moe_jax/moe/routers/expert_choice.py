@@ -38,10 +38,9 @@ class ExpertChoiceRouter(Router):
     valid, count = context.valid, context.token_count
     probs = jax.nn.softmax(self.logits(tokens), axis=-1)
     plan = experts_pick(probs, probs, valid, self.capacity(tokens.shape[1], context.train))
-    picked = jnp.sum(plan.kept, axis=-1)
     metrics = {
       'router_entropy': router_losses.router_entropy(probs, valid, count),
-      'experts_per_token': jnp.sum(jnp.where(valid, picked, 0)) / jnp.maximum(count, 1),
+      'experts_per_token': router_losses.token_mean(jnp.sum(plan.kept, axis=-1), valid, count),
       **router_losses.plan_metrics(plan, valid, count, self.choices_per_token),
     }
     return plan, Aux(metrics=metrics)
@@ -52,7 +51,8 @@ class MixtureOfDepthsRouter(ExpertChoiceRouter):
 
   In training the `capacity_factor` of each group's tokens that score highest (12.5 % in the paper) are computed, and
   the gate is the score. Whether a token is among them depends on later ones, so a loss teaches sigmoid(score) to tell,
-  without a gradient to the tokens; outside training each token goes by its own score > 0, and that is causal.
+  without a gradient to the tokens; outside training each token goes by its own score > 0, and that is causal. The paper
+  skips attention along with the feed-forward; here a layer skips what its expert does.
 
   Attributes:
     predictor_loss_weight: of the cross-entropy between sigmoid(score) and having been picked.
@@ -85,7 +85,7 @@ class MixtureOfDepthsRouter(ExpertChoiceRouter):
       plan = self.plan(jnp.where(scores > 0, 0, -1), scores, context)
     picked = plan.kept[..., 0].astype(jnp.float32)
     surprise = optax.sigmoid_binary_cross_entropy(predicted[..., 0], picked)
-    predictor = jnp.sum(jnp.where(valid, surprise, 0.0)) / jnp.maximum(count, 1)
+    predictor = router_losses.token_mean(surprise, valid, count)
     return plan, Aux(
       losses={'predictor': self.predictor_loss_weight * predictor},
       metrics={'predictor': predictor, 'skipped': router_losses.dropped_tokens(plan.kept, valid, count)},

@@ -3,17 +3,14 @@
 from collections.abc import Callable
 from typing import Literal
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.cluster.vq import kmeans2
 
-from moe_jax.moe import router_losses
-from moe_jax.moe.routers.base import Router, RoutingContext
-from moe_jax.moe.routing_plan import RoutingPlan
-from moe_jax.types import Array, Aux, ConfigError, one_of
+from moe_jax.moe.routers.base import FixedRouter, RoutingContext
+from moe_jax.types import Array, ConfigError, one_of
 
+Share = Literal['token', 'batch']
 Table = Callable[[int], np.ndarray]  # number of experts -> int32[V], the expert of each token id
 
 
@@ -29,7 +26,8 @@ def balanced_table(num_experts: int, counts: np.ndarray) -> np.ndarray:
     num_experts: E.
     counts: [V], how often each id occurs.
   """
-  return np.asarray(jax.jit(lightest_first, static_argnums=1)(jnp.asarray(counts, jnp.float32), num_experts))
+  with jax.ensure_compile_time_eval():  # tables are made while a model is traced
+    return np.asarray(lightest_first(jnp.asarray(counts, jnp.float32), num_experts))
 
 
 def clustered_table(num_experts: int, embeddings: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -40,6 +38,8 @@ def clustered_table(num_experts: int, embeddings: np.ndarray, seed: int = 0) -> 
     embeddings: float[V, M], of a trained model.
     seed: of the first centroids.
   """
+  from scipy.cluster.vq import kmeans2  # only here, and slow to import
+
   return kmeans2(np.asarray(embeddings, np.float64), num_experts, minit='++', rng=seed)[1].astype(np.int32)
 
 
@@ -55,24 +55,6 @@ def lightest_first(counts: Array, num_experts: int) -> Array:
   return jnp.zeros(counts.shape, jnp.int32).at[order].set(experts.astype(jnp.int32))
 
 
-class FixedRouter(Router):
-  """Base of routers that know the one expert of each token beforehand."""
-
-  @property
-  def choices_per_token(self) -> float:
-    return 1
-
-  def choose(self, context: RoutingContext) -> Array:
-    """The expert of each token, int32[G, S]."""
-    raise NotImplementedError
-
-  @nn.compact
-  def __call__(self, tokens: Array, context: RoutingContext) -> tuple[RoutingPlan, Aux]:
-    expert_index = self.choose(context)[..., None]
-    plan = self.plan(expert_index, jnp.ones(expert_index.shape, jnp.float32), context)
-    return plan, Aux(metrics=router_losses.plan_metrics(plan, context.valid, context.token_count))
-
-
 class HashRouter(FixedRouter):
   """The expert is a function of the token id, the same in every layer.
 
@@ -86,8 +68,8 @@ class HashRouter(FixedRouter):
   def choose(self, context: RoutingContext) -> Array:
     """See `FixedRouter`."""
     if self.table is None:
-      return (scattered(token_ids(context)) % self.num_experts).astype(jnp.int32)
-    return jnp.asarray(self.table(self.num_experts))[token_ids(context)]
+      return (scattered(context.known('token_ids')) % self.num_experts).astype(jnp.int32)
+    return jnp.asarray(self.table(self.num_experts))[context.known('token_ids')]
 
 
 class BalancedHashRouter(FixedRouter):
@@ -103,12 +85,17 @@ class BalancedHashRouter(FixedRouter):
   vocab_size: int = 0
   counting_steps: int = 20
 
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    if self.vocab_size < 1 or self.counting_steps < 1:
+      raise ConfigError('A balanced hash counts token ids for a while: set vocab_size, and counting_steps >= 1.')
+
   def choose(self, context: RoutingContext) -> Array:
     """See `FixedRouter`."""
-    ids, steps = token_ids(context), self.steps_done(context)
+    ids, counting = context.known('token_ids'), self.steps_done < self.counting_steps
+    self.gathered(context)
     counts, table = self.memory('counts', (self.vocab_size,)), self.memory('table', (self.vocab_size,), 'int32')
     seen = counts.value.at[ids].add(context.valid.astype(jnp.float32))
-    counting = steps < self.counting_steps
     self.remember(counts, jnp.where(counting, seen, counts.value), context)
     deal = lambda: lightest_first(seen, self.num_experts)  # noqa: E731
     self.remember(table, jax.lax.cond(counting, deal, lambda: table.value), context)
@@ -123,7 +110,11 @@ class RandomRouter(FixedRouter):
       (THOR, Zuo et al. 2021; see `objectives.LanguageModeling.consistency`). Outside training experts go by place.
   """
 
-  share: Literal['token', 'batch'] = 'token'
+  share: Share = 'token'
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    one_of(share=(self.share, Share))
 
   def capacity(self, group_size: int, train: bool) -> int:
     """See `Router`."""
@@ -131,7 +122,6 @@ class RandomRouter(FixedRouter):
 
   def choose(self, context: RoutingContext) -> Array:
     """See `FixedRouter`."""
-    one_of(share=(self.share, Literal['token', 'batch']))
     if not context.train:
       return by_place(context, self.num_experts)
     shape = context.valid.shape if self.share == 'token' else (1, 1)
@@ -141,18 +131,11 @@ class RandomRouter(FixedRouter):
 
 
 class RoundRobinRouter(FixedRouter):
-  """Experts in turn, by a token's place in its group: perfectly balanced, and a baseline."""
+  """Experts in turn, by a token's position in its text: balanced, and a baseline."""
 
   def choose(self, context: RoutingContext) -> Array:
     """See `FixedRouter`."""
     return by_place(context, self.num_experts)
-
-
-def token_ids(context: RoutingContext) -> Array:
-  """int32[G, S]; ConfigError if the model does not pass them on."""
-  if context.token_ids is None:
-    raise ConfigError('A hash router needs token ids, which this model does not pass on.')
-  return context.token_ids
 
 
 def scattered(token_ids: Array) -> Array:
@@ -161,5 +144,7 @@ def scattered(token_ids: Array) -> Array:
 
 
 def by_place(context: RoutingContext, num_experts: int) -> Array:
-  """int32[G, S], place in the group modulo E."""
-  return jnp.broadcast_to(jnp.arange(context.valid.shape[1]) % num_experts, context.valid.shape)
+  """int32[G, S], a token's position in its text modulo E, or its place in the group where positions are not known."""
+  if context.positions is None:
+    return jnp.broadcast_to(jnp.arange(context.valid.shape[1]) % num_experts, context.valid.shape)
+  return context.positions % num_experts

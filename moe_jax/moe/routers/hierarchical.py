@@ -19,14 +19,14 @@ class HierarchicalRouter(Router):
 
   Attributes:
     num_groups: of equally many experts that lie together.
-    groups_selected: per token, fewer than there are (2 in the paper).
-    experts_selected: per chosen group, fewer than it holds (2 in the paper).
+    groups_selected: per token, at least 2 and fewer than there are (2 in the paper).
+    experts_selected: per chosen group, at least 2 and fewer than it holds (2 in the paper).
     importance_loss_weight, load_loss_weight: as in `NoisyTopKRouter`.
   """
 
   num_groups: int = 4
   groups_selected: int = 2
-  experts_selected: int = 1
+  experts_selected: int = 2
   importance_loss_weight: float = 0.1
   load_loss_weight: float = 0.1
 
@@ -35,10 +35,10 @@ class HierarchicalRouter(Router):
     if self.num_groups < 1 or self.num_experts % self.num_groups:
       raise ConfigError(f'{self.num_experts} experts do not divide into {self.num_groups} groups.')
     each = self.num_experts // self.num_groups
-    if not (1 <= self.groups_selected < self.num_groups and 1 <= self.experts_selected < each):
+    if not (2 <= self.groups_selected < self.num_groups and 2 <= self.experts_selected < each):
       raise ConfigError(
         f'{self.groups_selected} of {self.num_groups} groups and {self.experts_selected} of their {each} experts:'
-        ' a token picks fewer than there are, at both levels.'
+        ' a token picks fewer than there are at both levels, and at least 2, since a softmax over one teaches nothing.'
       )
 
   @property

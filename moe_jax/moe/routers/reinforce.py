@@ -8,7 +8,7 @@ import optax
 from moe_jax import sharding
 from moe_jax.layers.initializers import fan_in
 from moe_jax.moe import router_losses
-from moe_jax.moe.routers.base import Router, RoutingContext
+from moe_jax.moe.routers.base import Router, RoutingContext, tensordot
 from moe_jax.moe.routing_plan import RoutingPlan
 from moe_jax.types import Array, Aux
 
@@ -21,8 +21,8 @@ class ReinforceRouter(Router):
   a gradient, so they travel as token terms. The expert's output is not scaled by its probability.
 
   Attributes:
-    learnt_baseline: whether there is a b(x) (RL-R, Clark et al. 2022) or none (REINFORCE as Bengio et al. 2016 and
-      Rosenbaum et al. 2017 have it).
+    learnt_baseline: whether there is a b(x) (RL-R, Clark et al. 2022) or none (REINFORCE, Williams 1992, on which the
+      routers of Bengio et al. 2016 and Rosenbaum et al. 2017 rest).
     policy_weight: of the policy's term.
     baseline_weight: c.
     entropy_weight: h, which keeps the policy from settling too soon.
@@ -67,7 +67,7 @@ class ReinforceRouter(Router):
     """b(x), the reward to expect: M -> M / 8 -> 1 without biases, float32[G, S]."""
     hidden = jax.nn.relu(self.linear('baseline_in', tokens, (max(1, tokens.shape[-1] // 8),), fan_in(0, 1)))
     out = self.param('baseline_out', sharding.partitioned(fan_in(0, 1), None, None), (hidden.shape[-1], 1))
-    return (hidden @ out)[..., 0]
+    return tensordot(hidden, out)[..., 0]
 
 
 class BernoulliRouter(Router):

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 
 from moe_jax.moe import router_losses
 from moe_jax.moe.routers.base import Router, RoutingContext
-from moe_jax.moe.routers.base_assignment import balanced_assignment
+from moe_jax.moe.routers.base_layers import balanced_assignment
 from moe_jax.moe.routing_plan import RoutingPlan
 from moe_jax.types import Array, Aux, one_of
+
+Rounding = Literal['argmax', 'balanced']
 
 
 class SinkhornRouter(Router):
@@ -27,7 +29,11 @@ class SinkhornRouter(Router):
 
   iterations: int = 30
   temperature: float = 1.0
-  rounding: Literal['argmax', 'balanced'] = 'argmax'
+  rounding: Rounding = 'argmax'
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    one_of(rounding=(self.rounding, Rounding))
 
   @property
   def choices_per_token(self) -> float:
@@ -35,7 +41,6 @@ class SinkhornRouter(Router):
 
   @nn.compact
   def __call__(self, tokens: Array, context: RoutingContext) -> tuple[RoutingPlan, Aux]:
-    one_of(rounding=(self.rounding, Literal['argmax', 'balanced']))
     valid, count = context.valid, context.token_count
     logits = self.logits(tokens)
     expert = jnp.argmax(logits, axis=-1)
@@ -44,7 +49,7 @@ class SinkhornRouter(Router):
       price = -self.temperature * sinkhorn(scores / self.temperature, valid, self.iterations)
       expert = jnp.argmax(scores - price[:, None], axis=-1)
       if self.rounding == 'balanced':
-        expert = balanced_assignment(scores, valid, prices=price - jnp.min(price, axis=-1, keepdims=True))
+        expert = balanced_assignment(scores, valid, prices=price)
     expert_index = expert[..., None]
     gates = jax.nn.sigmoid(jnp.take_along_axis(logits, expert_index, axis=-1))
     plan = self.plan(expert_index, gates, context)

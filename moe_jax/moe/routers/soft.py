@@ -5,8 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax import sharding
-from moe_jax.moe.routers.base import Router, RoutingContext
-from moe_jax.moe.routers.cosine import unit
+from moe_jax.moe.routers.base import Router, RoutingContext, einsum, unit
 from moe_jax.moe.routing_plan import SoftRoutingPlan
 from moe_jax.types import Array, Aux
 
@@ -15,7 +14,7 @@ class SoftRouter(Router):
   """Each slot is a softmax over the tokens of the group, each token's output a softmax over all slots.
 
   Scores are scale * cosine(token, slot). `capacity_factor` sets the slots: about that many experts' worth per token.
-  **Not causal**: every slot mixes all tokens of the group.
+  **Not causal**: every slot mixes all tokens of the group. The slots are parameters, so the group size is for good.
   """
 
   @property
@@ -36,7 +35,7 @@ class SoftRouter(Router):
     init = sharding.partitioned(nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2)), 'embed', None, None)
     kernel = self.param('kernel', init, (tokens.shape[-1], self.num_experts, slots))
     scale = self.param('scale', sharding.partitioned(nn.initializers.ones), ())
-    logits = jnp.einsum('gsm,mec->gsec', unit(tokens.astype(jnp.float32), -1), scale * unit(kernel, 0))
+    logits = einsum('gsm,mec->gsec', unit(tokens.astype(jnp.float32), -1), scale * unit(kernel, 0))
 
     valid = context.valid[..., None, None]
     dispatch = jax.nn.softmax(jnp.where(valid, logits, -1e30), axis=1)  # not -inf: a group may be all padding

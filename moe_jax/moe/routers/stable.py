@@ -7,10 +7,9 @@ import optax
 
 from moe_jax import sharding
 from moe_jax.moe import router_losses
-from moe_jax.moe.routers.base import Router, RoutingContext
-from moe_jax.moe.routers.hashing import token_ids
+from moe_jax.moe.routers.base import Router, RoutingContext, tensordot
 from moe_jax.moe.routing_plan import RoutingPlan
-from moe_jax.types import Array, Aux
+from moe_jax.types import Array, Aux, ConfigError
 
 
 class StableRouter(Router):
@@ -32,19 +31,24 @@ class StableRouter(Router):
   balance_loss_weight: float = 0.3
   distil_loss_weight: float = 0.3
 
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    if self.vocab_size < 1 or self.stage_1_steps < 1:
+      raise ConfigError('StableMoE learns a table of token ids for a while: set vocab_size, and stage_1_steps >= 1.')
+
   @property
   def choices_per_token(self) -> float:
     return 1
 
   @nn.compact
   def __call__(self, tokens: Array, context: RoutingContext) -> tuple[RoutingPlan, Aux]:
-    valid, count, ids = context.valid, context.token_count, token_ids(context)
+    valid, count, ids = context.valid, context.token_count, context.known('token_ids')
     scores = self.linear('kernel', tokens, (self.num_experts,), nn.initializers.orthogonal(0.1))
     learnt = jnp.argmax(scores, axis=-1)
     distilled = self.distilled()  # [V, E]
-    steps = self.steps_done(context)
     table = self.memory('table', (self.vocab_size,), 'int32')
-    learning = steps < self.stage_1_steps
+    learning = self.steps_done < self.stage_1_steps
+    self.gathered(context)
     self.remember(table, jnp.where(learning, jnp.argmax(distilled, axis=-1).astype(jnp.int32), table.value), context)
 
     expert = jnp.where(learning, learnt, table.value[ids])
@@ -73,4 +77,4 @@ class StableRouter(Router):
       sharding.partitioned(nn.initializers.orthogonal(), None, None),
       (self.distilled_dim, self.num_experts),
     )
-    return embedding @ centroids
+    return tensordot(embedding, centroids)

@@ -4,8 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from moe_jax import sharding
-from moe_jax.moe.routers.base import RoutingContext
-from moe_jax.moe.routers.hashing import FixedRouter
+from moe_jax.moe.routers.base import FixedRouter, RoutingContext, einsum
 from moe_jax.moe.routers.top_k import TopKRouter
 from moe_jax.types import Array, ConfigError
 
@@ -13,8 +12,8 @@ from moe_jax.types import Array, ConfigError
 class TaskRouter(TopKRouter):
   """Top-k of a learnt embedding of the task, the same for all of its tokens (Task-MoE, Kudugunta et al. 2021).
 
-  So a task's sub-network can be cut out and served alone. All tokens of a group may want the same experts: mix tasks
-  in a group, or give room (CAPACITY_FACTOR up to E / k).
+  So a task's sub-network can be cut out and served alone. All tokens of a group may want the same experts: leave room
+  for that (`capacity_factor` None, or up to E / k), or mix tasks in a group.
 
   Attributes:
     num_tasks: tasks, languages or pairs, numbered from 0.
@@ -24,11 +23,11 @@ class TaskRouter(TopKRouter):
   num_tasks: int = 1
   default_task: int | None = None
 
-  def seen(self, tokens: Array, context: RoutingContext) -> Array:
+  def router_input(self, tokens: Array, context: RoutingContext) -> Array:
     """See `TopKRouter`."""
     init = sharding.partitioned(nn.initializers.normal(1.0), None, 'embed')
     embedding = self.param('tasks', init, (self.num_tasks, tokens.shape[-1]))
-    return super().seen(embedding[task_ids(context, self.default_task)], context)
+    return super().router_input(embedding[task_ids(context, self.default_task)], context)
 
 
 class SentenceRouter(TopKRouter):
@@ -41,13 +40,13 @@ class SentenceRouter(TopKRouter):
   def causal(self) -> bool:
     return False
 
-  def seen(self, tokens: Array, context: RoutingContext) -> Array:
+  def router_input(self, tokens: Array, context: RoutingContext) -> Array:
     """See `TopKRouter`."""
     segments = context.valid.astype(jnp.int32) if context.segment_ids is None else context.segment_ids
     rows, segments = context.rows(tokens.astype(jnp.float32)), context.rows(segments)
     together = (segments[:, :, None] == segments[:, None, :]).astype(jnp.float32)
     together /= jnp.sum(together, axis=-1, keepdims=True)
-    return super().seen(jnp.einsum('bst,btm->bsm', together, rows).reshape(tokens.shape), context)
+    return super().router_input(einsum('bst,btm->bsm', together, rows).reshape(tokens.shape), context)
 
 
 class DomainRouter(FixedRouter):
@@ -57,15 +56,22 @@ class DomainRouter(FixedRouter):
   domain by `analysis.domains.domain_posterior`.
 
   Attributes:
+    num_tasks: domains, numbered from 0; as many as experts, or fewer.
     default_task: outside training, the domain of texts that do not name theirs; None refuses them.
   """
 
+  num_tasks: int = 1
   default_task: int | None = None
   capacity_factor: float | None = None
 
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    if self.num_tasks > self.num_experts:
+      raise ConfigError(f'{self.num_tasks} domains need as many experts, not {self.num_experts}: raise NUM_EXPERTS.')
+
   def choose(self, context: RoutingContext) -> Array:
     """See `FixedRouter`."""
-    return task_ids(context, self.default_task) % self.num_experts
+    return task_ids(context, self.default_task)
 
 
 def task_ids(context: RoutingContext, default: int | None) -> Array:

@@ -7,32 +7,32 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.moe import router_losses
-from moe_jax.moe.routers.base import Router, RoutingContext
+from moe_jax.moe.routers.base import Router, RoutingContext, normalised
 from moe_jax.moe.routing_plan import RoutingPlan, reroute
 from moe_jax.types import Array, Aux, ConfigError, one_of
 
 Gates = Literal['raw', 'renormalised', 'softmax', 'sigmoid']
-Others = Literal['all', 'threshold', 'random']
+SecondPolicy = Literal['all', 'threshold', 'random']
 Priority = Literal['position', 'gate', 'random']
+BalanceChoices = Literal['first', 'all']
 
 
 class TopKRouter(Router):
   """A softmax over the experts, then the k best, each weighed by its gate.
 
-  Subclasses change what the router looks at (`seen`) or how it scores (`logits`).
+  Subclasses change what the router looks at (`router_input`), how it scores (`logits`) or who gets a slot (`seat`).
 
   Attributes:
     num_selected: k.
     gates: 'raw' probabilities (Switch, V-MoE, OLMoE); 'renormalised', divided by their sum over the k before any is
       dropped (GShard, ST-MoE, GLaM, Qwen3); 'softmax' over the k logits (Mixtral), the same number by another road;
       'sigmoid' of the logits, divided by their sum over the k, with sigmoids for probabilities throughout.
-    others: which experts beside the best a token asks for: 'all' of the k, those whose gate exceeds the 'threshold', or
-      each with a 'random' chance of gate / threshold (GShard: threshold 0.5; ST-MoE: 0.2), drawn in training only and
-      all outside it. Who is not asked takes no slot.
-    threshold: see `others`.
+    second_policy: which experts beside the best a token takes: 'all' of the k, those whose gate exceeds the threshold,
+      or each with a 'random' chance of gate / threshold (GShard: threshold 0.5; ST-MoE: 0.2), drawn in training only;
+      outside it takes all. Who is not taken takes no slot.
+    second_threshold: see `second_policy`.
     priority: who goes first where slots run out: by 'position', by top 'gate' (Batch Prioritized Routing, Riquelme
       2021), or by 'random' (random token selection, Kim 2021) in training and by position outside it.
-    fallbacks: how many more experts, next in preference, a token may try that finds one full (Switch, appendix B).
     balance_choices: whether the balance loss counts 'first' choices (GShard, Switch, ST-MoE) or 'all' (OLMoE, Mixtral).
     balance_loss_weight: of the load-balance loss; 1e-2 in Switch, ST-MoE and GLaM.
     z_loss_weight: of the router z-loss; 1e-3 in ST-MoE.
@@ -41,11 +41,10 @@ class TopKRouter(Router):
 
   num_selected: int = 2
   gates: Gates = 'renormalised'
-  others: Others = 'all'
-  threshold: float = 0.2
+  second_policy: SecondPolicy = 'all'
+  second_threshold: float = 0.2
   priority: Priority = 'position'
-  fallbacks: int = 0
-  balance_choices: Literal['first', 'all'] = 'first'
+  balance_choices: BalanceChoices = 'first'
   balance_loss_weight: float = 1e-2
   z_loss_weight: float = 0.0
   jitter: float = 0.0
@@ -60,7 +59,8 @@ class TopKRouter(Router):
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    one_of(gates=(self.gates, Gates), others=(self.others, Others), priority=(self.priority, Priority))
+    one_of(gates=(self.gates, Gates), second_policy=(self.second_policy, SecondPolicy))
+    one_of(priority=(self.priority, Priority), balance_choices=(self.balance_choices, BalanceChoices))
     if not 1 <= self.num_selected <= self.num_experts:
       raise ConfigError(
         f'A token cannot pick {self.num_selected} of {self.num_experts} experts: raise NUM_EXPERTS or lower k.'
@@ -71,23 +71,20 @@ class TopKRouter(Router):
   @nn.compact
   def __call__(self, tokens: Array, context: RoutingContext) -> tuple[RoutingPlan, Aux]:
     valid, count, k = context.valid, context.token_count, self.num_selected
-    logits = self.logits(self.seen(tokens, context))
+    logits = self.logits(self.router_input(tokens, context))
     probs = jax.nn.softmax(logits, axis=-1)
     scores = probs
     if self.gates == 'sigmoid':
       scores = jax.nn.sigmoid(logits)
-      probs = scores / jnp.sum(scores, axis=-1, keepdims=True)
-    best, choices = jax.lax.top_k(scores, min(k + self.fallbacks, self.num_experts))
-    gates, expert_index = best, choices
+      probs = normalised(scores)
+    best, choices = jax.lax.top_k(scores, self.preferences)
+    gates = best
     if self.gates == 'softmax':
       chosen = jnp.take_along_axis(logits, choices, axis=-1)
       gates = jnp.exp(chosen - jax.nn.logsumexp(chosen[..., :k], axis=-1, keepdims=True))
     elif self.gates != 'raw':
-      gates = best / jnp.sum(best[..., :k], axis=-1, keepdims=True)
-    if self.fallbacks:
-      expert_index = reroute(choices, self.num_experts, valid, self.capacity(valid.shape[1], context.train), k)
-    expert_index = self.asked(expert_index, gates, context.train)
-    plan = self.plan(expert_index, gates, context, self.urgency(best, context.train))
+      gates = normalised(best, best[..., :k])
+    plan = self.seat(choices, gates, context)
 
     counted = choices[..., : 1 if self.balance_choices == 'first' else k]
     balance = router_losses.load_balance_loss(probs, counted, valid, count)
@@ -98,11 +95,22 @@ class TopKRouter(Router):
         'balance': balance,
         'z': z,
         'router_entropy': router_losses.router_entropy(probs, valid, count),
-        **router_losses.plan_metrics(plan, valid, count, k),
+        **self.watched(plan, choices[..., :k], context),
       },
     )
 
-  def seen(self, tokens: Array, context: RoutingContext) -> Array:
+  def watched(self, plan: RoutingPlan, choices: Array, context: RoutingContext) -> dict[str, Array]:
+    """What was dropped, and the load of the k best experts, int32[G, S, k], taken or not."""
+    valid, count = context.valid, context.token_count
+    load = router_losses.expert_load(choices, self.num_experts, valid, count)
+    return {**router_losses.plan_metrics(plan, valid, count), 'expert_load': load}
+
+  @property
+  def preferences(self) -> int:
+    """How many experts a token ranks."""
+    return self.num_selected
+
+  def router_input(self, tokens: Array, context: RoutingContext) -> Array:
     """What the router goes by, float[G, S, M]: the tokens, with jitter in training."""
     if not self.jitter or not context.train:
       return tokens
@@ -110,20 +118,46 @@ class TopKRouter(Router):
     noise = jax.random.uniform(self.make_rng('router'), tokens.shape, jnp.float32, 1 - self.jitter, 1 + self.jitter)
     return tokens.astype(jnp.float32) * noise
 
-  def asked(self, expert_index: Array, gates: Array, train: bool) -> Array:
-    """Puts -1 for the experts beside the best that a token does without: int32[G, S, K]."""
-    if self.others == 'all' or (self.others == 'random' and not train):
-      return expert_index
-    bar: Array | float = self.threshold
-    if self.others == 'random':
-      bar *= jax.random.uniform(self.make_rng('router'), gates.shape)
-    best = jnp.arange(gates.shape[-1])[None, None] == 0
-    return jnp.where(best | (gates > bar), expert_index, -1)
-
-  def urgency(self, best: Array, train: bool) -> Array | None:
-    """Who goes first, float32[G, S], the highest; None where position says."""
+  def seat(self, choices: Array, gates: Array, context: RoutingContext) -> RoutingPlan:
+    """The plan of int32[G, S, K] experts, best first, with their gates."""
+    policy, priority = self.second_policy, None
+    if policy == 'threshold' or (policy == 'random' and context.train):
+      chance = jax.random.uniform(self.make_rng('router'), gates.shape) if policy == 'random' else 1.0
+      first = jnp.arange(gates.shape[-1])[None, None] == 0
+      choices = jnp.where(first | (gates > self.second_threshold * chance), choices, -1)
     if self.priority == 'gate':
-      return best[..., 0]
-    if self.priority == 'random' and train:
-      return jax.random.uniform(self.make_rng('router'), best.shape[:2])
-    return None
+      priority = gates[..., 0]
+    elif self.priority == 'random' and context.train:
+      priority = jax.random.uniform(self.make_rng('router'), gates.shape[:2])
+    return self.plan(choices, gates, context, priority)
+
+
+class ReroutingRouter(TopKRouter):
+  """No token left behind: who finds an expert full tries the next it prefers (Switch, Fedus et al. 2021, appendix B).
+
+  Attributes:
+    fallbacks: how many more experts a token may try.
+  """
+
+  fallbacks: int = 3
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    if self.second_policy != 'all' or self.priority != 'position':
+      raise ConfigError('Rerouting goes in token order and takes all experts: leave second_policy and priority alone.')
+
+  @property
+  def preferences(self) -> int:
+    """See `TopKRouter`."""
+    return min(self.num_selected + self.fallbacks, self.num_experts)
+
+  def seat(self, choices: Array, gates: Array, context: RoutingContext) -> RoutingPlan:
+    """See `TopKRouter`."""
+    capacity = self.capacity(choices.shape[1], context.train)
+    return self.plan(reroute(choices, self.num_experts, context.valid, capacity, self.num_selected), gates, context)
+
+  def watched(self, plan: RoutingPlan, choices: Array, context: RoutingContext) -> dict[str, Array]:
+    """See `TopKRouter`."""
+    held = jnp.sum(plan.kept, axis=-1) / self.num_selected
+    lost = router_losses.token_mean(1 - held, context.valid, context.token_count)
+    return {**super().watched(plan, choices, context), 'dropped_choices': lost}
