@@ -148,7 +148,7 @@ def expert_load_matrix(run: Run) -> tuple[list[str], np.ndarray]:
   loads = layer_curves(run, 'expert_load', 'validation') or layer_curves(run, 'expert_load')
   matrix = np.full((len(loads), max((load.values.shape[1] for load in loads), default=0)), np.nan)
   for row, load in zip(matrix, loads):
-    row[: load.values.shape[1]] = load.values[-1] / np.mean(load.values[-1])
+    row[: load.values.shape[1]] = load.values[-1] / max(np.mean(load.values[-1]), 1e-20)
   return [load.label for load in loads], matrix
 
 

@@ -282,7 +282,7 @@ def drawn(group, factor=2.0):
 
 def bernoulli(group, tau=0.25, factor=2.0):
   p = expit(group.x @ group.params['kernel'] + math.log(tau / (1 - tau)))
-  on = p > 0.5
+  on = [np.isin(np.arange(group.experts), best(row, round(tau * group.experts))) for row in p]
   if group.train:
     on = group.draw('uniform', group.experts) < p
   chosen = [[e if yes else None for e, yes in enumerate(row)] for row in on]

@@ -74,7 +74,7 @@ class BernoulliRouter(Router):
   """Draws every expert by itself, on or off, so that tokens differ in how many they use (Bengio et al. 2016).
 
   pi(u | x) = prod_i p_i^u_i (1 - p_i)^(1 - u_i), p = sigmoid(x W + offset), rewarded as in `ReinforceRouter` without a
-  baseline. Outside training the experts with p > 1/2 are on. Three terms keep p near a share tau of the experts:
+  baseline. Outside training the tau E likeliest are on. Three terms keep p near a share tau of the experts:
   sum_i (mean_x p_i - tau)^2, mean_x (mean_i p_i - tau)^2, and -sum_i var_x p_i, which asks p to depend on the token.
   Means over x are of a group.
 
@@ -99,7 +99,11 @@ class BernoulliRouter(Router):
     valid, count, tau = context.valid, context.token_count, self.share_on
     logits = self.logits(tokens) + jax.scipy.special.logit(tau)
     probs = jax.nn.sigmoid(logits)
-    on = jax.random.bernoulli(self.make_rng('router'), probs) if context.train else probs > 0.5
+    if context.train:
+      on = jax.random.bernoulli(self.make_rng('router'), probs)
+    else:
+      likeliest = jax.lax.top_k(probs, max(1, round(tau * self.num_experts)))[1]
+      on = jnp.sum(jax.nn.one_hot(likeliest, self.num_experts), axis=2) > 0
     expert_index = jnp.where(on, jnp.arange(self.num_experts)[None, None], -1)
     plan = self.plan(expert_index, jnp.ones(probs.shape, jnp.float32), context)
 
