@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from moe_jax.moe.slots import SlotMap, fill, read, slot_map
 from moe_jax.types import Array, ConfigError, Dtype
 
 
@@ -44,6 +45,19 @@ class RoutingPlan:
   def combine_array(self, dtype: Dtype) -> Array:
     """[G, S, E, C]: the dispatch array times the combine weights."""
     return self._placed(self.combine_weight, dtype)
+
+  def fill(self, tokens: Array) -> Array:
+    """The buffers of all experts, by gathers: float[G, S, M] -> float[G, E, C, M], 0 where a slot is empty."""
+    slots = fill(tokens, self._map)
+    return slots.reshape(len(slots), self.num_experts, self.capacity, -1)
+
+  def read(self, slots: Array) -> Array:
+    """What comes home, by gathers: float[G, E, C, M] -> float[G, S, M], the choices of each token by weight."""
+    return read(slots.reshape(len(slots), -1, slots.shape[-1]), self.combine_weight, self._map)
+
+  @property
+  def _map(self) -> SlotMap:
+    return slot_map(self.expert_index, self.slot_index, self.num_experts, self.capacity)
 
   def _placed(self, weight: Array, dtype: Dtype) -> Array:
     expert = jax.nn.one_hot(self.expert_index, self.num_experts, dtype=dtype) * weight[..., None].astype(dtype)
@@ -120,12 +134,22 @@ class SoftRoutingPlan:
     """As `RoutingPlan.combine_array`."""
     return self.combine.astype(dtype)
 
+  def fill(self, tokens: Array) -> Array:
+    """As `RoutingPlan.fill`, by an einsum."""
+    return jnp.einsum('gsec,gsm->gecm', self.dispatch_array(tokens.dtype), tokens)
 
-class DensePlan(Protocol):
-  """What one-hot dispatchers need of a plan."""
+  def read(self, slots: Array) -> Array:
+    """As `RoutingPlan.read`, by an einsum."""
+    return jnp.einsum('gsec,gecm->gsm', self.combine_array(slots.dtype), slots)
+
+
+class Plan(Protocol):
+  """What dispatchers need of a plan: to fill buffers and to read them, either way as it likes or by one-hot arrays."""
 
   def dispatch_array(self, dtype: Dtype) -> Array: ...
   def combine_array(self, dtype: Dtype) -> Array: ...
+  def fill(self, tokens: Array) -> Array: ...
+  def read(self, slots: Array) -> Array: ...
 
 
 def assign_slots(expert_index: Array, num_experts: int, valid: Array, priority: Array | None = None) -> Array:

@@ -12,12 +12,13 @@ from moe_jax import sharding
 from moe_jax.layers.context import Context
 from moe_jax.moe.dispatchers.all_to_all import all_to_all
 from moe_jax.moe.dispatchers.einsum import einsum
+from moe_jax.moe.dispatchers.gather import gather
 from moe_jax.moe.experts import ExpertBank, Experts, expert_mlp
 from moe_jax.moe.moe_layer import MoELayer
 from moe_jax.moe.routers.top_k import TopKRouter
 from moe_jax.moe.routing_plan import RoutingPlan, assign_slots
 
-DISPATCHERS = {'einsum': einsum, 'all_to_all': all_to_all}
+DISPATCHERS = {'einsum': einsum, 'gather': gather, 'all_to_all': all_to_all}
 G, S, M, E, F, K, C = 8, 6, 12, 4, 10, 2, 2
 AXES = {'wi': ('expert', 'embed', None, 'expert_mlp'), 'wo': ('expert', 'expert_mlp', 'embed')}
 

@@ -5,22 +5,21 @@ expert, and weighs the answers when they are back. The sharding cannot get lost,
 """
 
 import jax
-import jax.numpy as jnp
 
 from moe_jax.moe.experts import ExpertBank, Weights
-from moe_jax.moe.routing_plan import DensePlan
+from moe_jax.moe.routing_plan import Plan
 from moe_jax.sharding import spec
 from moe_jax.types import Array
 
 
-def all_to_all(experts: ExpertBank, tokens: Array, plan: DensePlan) -> Array:
+def all_to_all(experts: ExpertBank, tokens: Array, plan: Plan) -> Array:
   """See `Dispatcher`."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return _journey(experts.weights, tokens, plan, experts, expert_axis=None, hidden_axis=None)
   (expert_axis,), (hidden_axis,) = spec('expert'), spec('expert_mlp')
 
-  def local(weights: Weights, tokens: Array, plan: DensePlan) -> Array:
+  def local(weights: Weights, tokens: Array, plan: Plan) -> Array:
     return _journey(weights, tokens, plan, experts, expert_axis, hidden_axis)
 
   # Weights split along 'embed' (FSDP) are gathered on the way in, and their gradients scattered on the way out.
@@ -39,18 +38,20 @@ def all_to_all(experts: ExpertBank, tokens: Array, plan: DensePlan) -> Array:
 def _journey(
   weights: Weights,
   tokens: Array,
-  plan: DensePlan,
+  plan: Plan,
   experts: ExpertBank,
   expert_axis: str | None,
   hidden_axis: str | None,
 ) -> Array:
   """The journey of one device's groups; arrays are local shards, float[g, S, M]."""
-  slots = jnp.einsum('gsec,gsm->gecm', plan.dispatch_array(tokens.dtype), tokens)
+  if hidden_axis:  # so that gradients, partial sums over hidden shards, are completed where they are smallest too
+    tokens, plan = jax.tree.map(lambda x: jax.lax.pcast(x, hidden_axis, to='varying'), (tokens, plan))
+  slots = plan.fill(tokens)
   if expert_axis:  # [g, E, C, M] -> [g * n, E / n, C, M]
     slots = jax.lax.all_to_all(slots, expert_axis, split_axis=1, concat_axis=0, tiled=True)
   slots = experts.apply(weights, slots)
   if expert_axis:
     slots = jax.lax.all_to_all(slots, expert_axis, split_axis=0, concat_axis=1, tiled=True)
-  outputs = jnp.einsum('gsec,gecm->gsm', plan.combine_array(tokens.dtype), slots)
+  outputs = plan.read(slots)
   # Each shard of the hidden axis holds a partial sum. It is completed after combining, where it is smallest.
   return jax.lax.psum(outputs, hidden_axis) if hidden_axis else outputs

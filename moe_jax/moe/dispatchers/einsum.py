@@ -8,12 +8,12 @@ gathers every token on every device instead.
 import jax.numpy as jnp
 
 from moe_jax.moe.experts import ExpertBank
-from moe_jax.moe.routing_plan import DensePlan
+from moe_jax.moe.routing_plan import Plan
 from moe_jax.sharding import constrain
 from moe_jax.types import Array
 
 
-def einsum(experts: ExpertBank, tokens: Array, plan: DensePlan) -> Array:
+def einsum(experts: ExpertBank, tokens: Array, plan: Plan) -> Array:
   """See `Dispatcher`."""
   slots = jnp.einsum('gsec,gsm->gecm', plan.dispatch_array(tokens.dtype), tokens)
   slots = constrain(slots, 'batch', None, None, None)

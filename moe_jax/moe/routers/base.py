@@ -7,7 +7,7 @@ from flax import struct
 
 from moe_jax import sharding
 from moe_jax.moe import router_losses
-from moe_jax.moe.routing_plan import DensePlan, RoutingPlan, assign_slots, expert_capacity
+from moe_jax.moe.routing_plan import Plan, RoutingPlan, assign_slots, expert_capacity
 from moe_jax.types import Array, Aux, ConfigError, Dtype, Initializer
 
 _KERNEL_INIT = nn.initializers.normal(0.02)
@@ -70,7 +70,7 @@ class Router(nn.Module):
   eval_capacity_factor: float | None = None
   capacity_rule: str = 'gshard'
 
-  def __call__(self, tokens: Array, context: RoutingContext) -> tuple[DensePlan, Aux]:
+  def __call__(self, tokens: Array, context: RoutingContext) -> tuple[Plan, Aux]:
     """tokens: float[G, S, M]."""
     raise NotImplementedError
 
