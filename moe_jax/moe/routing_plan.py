@@ -195,7 +195,7 @@ def reroute(preferences: Array, num_experts: int, valid: Array, capacity: int, w
     wanted: experts a token is to hold.
 
   Returns:
-    The preferences, int32[G, S, P], with -1 for those that were never asked for, or in vain while a later one had room.
+    The preferences, int32[G, S, P], with -1 for those that were not asked for, or were full.
   """
   held = jnp.zeros(valid.shape, jnp.int32)
   taken = jnp.zeros((valid.shape[0], num_experts), jnp.int32)

@@ -32,7 +32,7 @@ def slot_map(expert_index: Array, slot_index: Array, num_experts: int, capacity:
   slot = jnp.where(slot_index < capacity, expert_index * capacity + slot_index, total)
   choice = jnp.broadcast_to(jnp.arange(tokens * choices, dtype=jnp.int32), (groups, tokens * choices))
   empty = jnp.full((groups, total), tokens * choices, jnp.int32)
-  seat = jax.vmap(lambda taken, where, who: taken.at[where].set(who, mode='drop', unique_indices=True))
+  seat = jax.vmap(lambda taken, where, who: taken.at[where].set(who, mode='drop'))
   return SlotMap(seat(empty, slot.reshape(groups, -1), choice), slot)
 
 

@@ -92,13 +92,15 @@ class BalancedHashRouter(FixedRouter):
 
   def choose(self, context: RoutingContext) -> Array:
     """See `FixedRouter`."""
-    ids, counting = context.known('token_ids'), self.steps_done < self.counting_steps
+    ids, steps = context.known('token_ids'), self.steps_done
+    counting = steps < self.counting_steps
     self.gathered(context)
     counts, table = self.memory('counts', (self.vocab_size,)), self.memory('table', (self.vocab_size,), 'int32')
     seen = counts.value.at[ids].add(context.valid.astype(jnp.float32))
     self.remember(counts, jnp.where(counting, seen, counts.value), context)
     deal = lambda: lightest_first(seen, self.num_experts)  # noqa: E731
-    self.remember(table, jax.lax.cond(counting, deal, lambda: table.value), context)
+    last = steps == self.counting_steps - 1  # dealing goes through the vocabulary one by one: once is enough
+    self.remember(table, jax.lax.cond(last, deal, lambda: table.value), context)
     return jnp.where(counting, (scattered(ids) % self.num_experts).astype(jnp.int32), table.value[ids])
 
 
