@@ -107,6 +107,11 @@ def spec(*names: str | None) -> PartitionSpec:
   return nn.logical_to_mesh_axes(names, rules) or PartitionSpec()
 
 
+def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+  """The mesh axes of one entry of a partition spec."""
+  return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+
+
 def named_sharding(mesh: Mesh, *names: str | None) -> NamedSharding:
   """As `spec`, on a mesh."""
   return NamedSharding(mesh, spec(*names))
@@ -124,8 +129,7 @@ def shards(name: str) -> int:
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return 1
-  axes = spec(name)[0] or ()
-  return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
+  return math.prod(mesh.shape[axis] for axis in axes_of(spec(name)[0]))
 
 
 def partitioned(initializer: Initializer, *names: str | None) -> Initializer:

@@ -1,10 +1,11 @@
 """The experts: their weights, and the pure function that runs them on filled buffers."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
-import jax.numpy as jnp
+import jax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from moe_jax import sharding
 from moe_jax.layers.initializers import fan_in
@@ -33,15 +34,82 @@ def expert_mlp(weights: Weights, slots: Array, activations: Sequence[str]) -> Ar
   """Runs every expert's feed-forward on its own slots.
 
   Args:
-    weights: 'wi' float[E, M, A, F] and 'wo' float[E, F, M]; A branches, F hidden.
+    weights: 'wi_0', 'wi_1', ..., one a branch, float[E, M, F]; 'wo' float[E, F, M]; F hidden.
     slots: float[G, E, C, M].
     activations: one per branch, see `layers.mlp.apply_activations`.
 
   Returns:
     float[G, E, C, M].
   """
-  hidden = apply_activations(jnp.einsum('gecm,emaf->gecaf', slots, weights['wi']), activations)
-  return jnp.einsum('gecf,efm->gecm', hidden, weights['wo'])
+  branches = [_into_experts(slots, weights[f'wi_{i}']) for i in range(len(activations))]
+  return _out_of_experts(apply_activations(branches, activations), weights['wo'])
+
+
+# The two matmuls, with derivatives written out: those that JAX derives give the weights' gradients transposed, which
+# TPUs then copy. Hidden activations have the experts first, so that each expert's rows are one block; slots have the
+# groups first, as the all-to-all before and after them wants. The weights may be wider than the activations: the
+# gradients are then summed over slots and devices in that wider type.
+
+
+@jax.custom_vjp
+def _into_experts(slots: Array, wi: Array) -> Array:
+  """float[G, E, C, M], float[E, M, F] -> float[E, G, C, F]."""
+  return _dot(slots, wi.astype(slots.dtype), contract=((3,), (1,)), batch=((1,), (0,)))
+
+
+def _into_forward(slots: Array, wi: Array) -> tuple[Array, tuple[Array, Array]]:
+  return _into_experts(slots, wi), (slots, wi)
+
+
+def _into_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+  slots, wi = saved
+  to_slots = _dot(gradient, wi.astype(slots.dtype), contract=((3,), (2,)), batch=((0,), (0,)))
+  slots, gradient = _merged(slots, 1), _merged(gradient, 0)
+  to_wi = _dot(slots, gradient, contract=((0, 2), (1, 2)), batch=((1,), (0,)), dtype=wi.dtype)
+  return _groups_first(to_slots), to_wi
+
+
+@jax.custom_vjp
+def _out_of_experts(hidden: Array, wo: Array) -> Array:
+  """float[E, G, C, F], float[E, F, M] -> float[G, E, C, M]."""
+  return _groups_first(_dot(hidden, wo.astype(hidden.dtype), contract=((3,), (1,)), batch=((0,), (0,))))
+
+
+def _out_forward(hidden: Array, wo: Array) -> tuple[Array, tuple[Array, Array]]:
+  return _out_of_experts(hidden, wo), (hidden, wo)
+
+
+def _out_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+  hidden, wo = saved
+  to_hidden = _dot(gradient, wo.astype(hidden.dtype), contract=((3,), (2,)), batch=((1,), (0,)))
+  hidden, gradient = _merged(hidden, 0), _merged(gradient, 1)
+  to_wo = _dot(hidden, gradient, contract=((1, 2), (0, 2)), batch=((0,), (1,)), dtype=wo.dtype)
+  return to_hidden, to_wo
+
+
+_into_experts.defvjp(_into_forward, _into_backward)
+_out_of_experts.defvjp(_out_forward, _out_backward)
+
+
+def _dot(a: Array, b: Array, contract: Any, batch: Any, dtype: Dtype = None) -> Array:
+  """`dot_general`: batch axes first, then what is left of a, then what is left of b."""
+  return jax.lax.dot_general(a, b, (contract, batch), preferred_element_type=dtype)
+
+
+def _groups_first(x: Array) -> Array:
+  """float[E, G, C, M] -> float[G, E, C, M]; on TPUs the matmul before it is told to write its rows in that order."""
+  ordered = jax.lax.platform_dependent(
+    x, tpu=lambda x: with_layout_constraint(x, Layout((1, 0, 2, 3))), default=lambda x: x
+  )
+  return ordered.swapaxes(0, 1)
+
+
+def _merged(x: Array, expert_axis: int) -> Array:
+  """[G, E, C, ...], or E first, its rows in one axis where there is one expert: TPUs do not see that by themselves."""
+  if x.shape[expert_axis] > 1:
+    return x
+  shape = [1, 1, x.shape[0] * x.shape[1] * x.shape[2], *x.shape[3:]]
+  return x.reshape(shape)
 
 
 class Experts(nn.Module):
@@ -63,20 +131,13 @@ class Experts(nn.Module):
 
   @nn.compact
   def __call__(self) -> ExpertBank:
-    shapes = {
-      'wi': (self.num_experts, self.features, len(self.activations), self.hidden_dim),
-      'wo': (self.num_experts, self.hidden_dim, self.features),
-    }
-    axes: dict[str, tuple[str | None, ...]] = {
-      'wi': ('expert', 'embed', None, 'expert_mlp'),
-      'wo': ('expert', 'expert_mlp', 'embed'),
-    }
-    inits = {
-      'wi': self.kernel_init(in_axis=1, out_axis=(2, 3), batch_axis=0),
-      'wo': self.kernel_init(in_axis=1, out_axis=2, batch_axis=0),
-    }
+    wi, wo = (self.num_experts, self.features, self.hidden_dim), (self.num_experts, self.hidden_dim, self.features)
+    shapes = {f'wi_{i}': wi for i in range(len(self.activations))} | {'wo': wo}
+    axes: dict[str, tuple[str | None, ...]] = {name: ('expert', 'embed', 'expert_mlp') for name in shapes}
+    axes['wo'] = ('expert', 'expert_mlp', 'embed')
+    init = self.kernel_init(in_axis=1, out_axis=2, batch_axis=0)
     weights = {
-      name: self.param(name, sharding.partitioned(inits[name], *axes[name]), shape).astype(self.dtype)
+      name: self.param(name, sharding.partitioned(init, *axes[name]), shape).astype(self.dtype)
       for name, shape in shapes.items()
     }
     activations = tuple(self.activations)

@@ -89,6 +89,7 @@ CAPACITY_RULES = {
   'vmoe': CapacityRule(per_choice=True, rounding=math.ceil, multiple_of=4),
   'megablocks': CapacityRule(per_choice=True),
   'deepspeed': CapacityRule(rounding=math.ceil, least=4),
+  'tpu': CapacityRule(per_choice=True, rounding=math.ceil, multiple_of=8),  # whole tiles: else buffers are copied
 }
 
 
@@ -175,11 +176,13 @@ def assign_slots(expert_index: Array, num_experts: int, valid: Array, priority: 
     )
     return jnp.take_along_axis(slots, jnp.argsort(order, axis=1)[..., None], axis=1)
   made = valid[:, :, None] & (expert_index >= 0)
-  one_hot = jax.nn.one_hot(expert_index, num_experts, dtype=jnp.int32) * made[..., None]
-  in_order = one_hot.swapaxes(1, 2).reshape(groups, choices * tokens, num_experts)
-  before = jnp.cumsum(in_order, axis=1) - in_order
-  slot = jnp.sum(before * in_order, axis=-1).reshape(groups, choices, tokens).swapaxes(1, 2)
-  return jnp.where(made, slot, tokens * choices)
+  asked = jnp.where(made, expert_index, num_experts).swapaxes(1, 2).reshape(groups, choices * tokens)
+  place = jnp.broadcast_to(jnp.arange(tokens * choices, dtype=jnp.int32), asked.shape)
+  expert, order = jax.lax.sort((asked, place), num_keys=1, is_stable=True)
+  starts = jnp.concatenate([jnp.ones_like(expert[:, :1], bool), expert[:, 1:] != expert[:, :-1]], axis=1)
+  rank = place - jax.lax.cummax(jnp.where(starts, place, 0), axis=1)
+  slot = jax.vmap(lambda order, rank: jnp.zeros_like(rank).at[order].set(rank, unique_indices=True))(order, rank)
+  return jnp.where(made, slot.reshape(groups, choices, tokens).swapaxes(1, 2), tokens * choices)
 
 
 def reroute(preferences: Array, num_experts: int, valid: Array, capacity: int, wanted: int) -> Array:

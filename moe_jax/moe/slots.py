@@ -1,10 +1,14 @@
 """Filling the experts' buffers and reading them, by gathers alone, forward and backward.
 
-A slot knows its choice and a choice its slot, so either side can fetch from the other. The transpose of fetching one
-way is fetching the other way: no rows of activations are ever added up by a scatter, which is slow on TPUs and
-unordered on GPUs. Only the map itself, of integers, is made by one.
+A slot knows its token and a choice its slot, so either side can fetch from the other. The transpose of fetching one way
+is fetching the other way: no rows of activations are ever added up by a scatter, which is slow on TPUs and unordered on
+GPUs. Only the map itself, of integers, is made by one. (The exception is a plan in which every expert counts as a
+choice of every token, as in expert choice: there the few slots are scattered, not the many choices fetched.)
+
+Nothing is masked that need not be: an empty slot holds some token, whose answer nobody reads and whose gradient is 0.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -17,29 +21,36 @@ class SlotMap(NamedTuple):
   """Who sits where.
 
   Attributes:
-    choice_of_slot: int32[G, E * C], token * K + choice; S * K where the slot is empty.
+    token_of_slot: int32[G, E * C]; some token where the slot is empty.
     slot_of_choice: int32[G, S, K], expert * C + place; E * C where the choice is dropped or not made.
   """
 
-  choice_of_slot: Array
+  token_of_slot: Array
   slot_of_choice: Array
+
+  @property
+  def seated(self) -> Array:
+    """bool[G, S, K], choices that have a slot."""
+    return self.slot_of_choice < self.token_of_slot.shape[1]
+
+  @property
+  def crowded(self) -> bool:
+    """Whether tokens have many more choices than there are slots."""
+    return self.slot_of_choice.size > 2 * self.token_of_slot.size
 
 
 def slot_map(expert_index: Array, slot_index: Array, num_experts: int, capacity: int) -> SlotMap:
   """The map of a plan's choices, int32[G, S, K] both; see `RoutingPlan`."""
-  groups, tokens, choices = expert_index.shape
   total = num_experts * capacity
   slot = jnp.where(slot_index < capacity, expert_index * capacity + slot_index, total)
-  choice = jnp.broadcast_to(jnp.arange(tokens * choices, dtype=jnp.int32), (groups, tokens * choices))
-  empty = jnp.full((groups, total), tokens * choices, jnp.int32)
-  seat = jax.vmap(lambda taken, where, who: taken.at[where].set(who, mode='drop'))
-  return SlotMap(seat(empty, slot.reshape(groups, -1), choice), slot)
+  token = jnp.broadcast_to(jnp.arange(slot.shape[1], dtype=jnp.int32)[:, None], slot.shape)
+  return SlotMap(_scattered(token, slot, total), slot)
 
 
 @jax.custom_vjp
 def fill(tokens: Array, where: SlotMap) -> Array:
-  """float[G, S, M] -> float[G, E * C, M], the token of each slot; 0 where it is empty."""
-  return _rows(tokens, where.choice_of_slot // where.slot_of_choice.shape[-1])
+  """The token of each slot: float[G, S, M] -> float[G, E * C, M]."""
+  return _rows(tokens, where.token_of_slot)
 
 
 def _fill_forward(tokens: Array, where: SlotMap) -> tuple[Array, SlotMap]:
@@ -47,39 +58,78 @@ def _fill_forward(tokens: Array, where: SlotMap) -> tuple[Array, SlotMap]:
 
 
 def _fill_backward(where: SlotMap, gradient: Array) -> tuple[Array, None]:
-  return jnp.sum(_by_choice(gradient, where), axis=2), None
+  return _weighed(_by_choice(gradient, where), where.seated.astype(jnp.float32), where), None
 
 
 @jax.custom_vjp
 def read(slots: Array, weights: Array, where: SlotMap) -> Array:
   """The sum of a token's choices by weight: float[G, E * C, M], float32[G, S, K] -> float[G, S, M]."""
-  return jnp.einsum('gskm,gsk->gsm', _by_choice(slots, where), weights.astype(slots.dtype))
+  return _read_forward(slots, weights, where)[0]
 
 
 def _read_forward(slots: Array, weights: Array, where: SlotMap) -> tuple[Array, tuple[Array, Array, SlotMap]]:
-  return read(slots, weights, where), (slots, weights, where)
+  rows, weights = _by_choice(slots, where), jnp.where(where.seated, weights, 0)
+  return _weighed(rows, weights, where), (rows, weights, where)
 
 
 def _read_backward(saved: tuple[Array, Array, SlotMap], gradient: Array) -> tuple[Array, Array, None]:
-  slots, weights, where = saved
-  per_token = weights.shape[-1]
-  flat = weights.reshape(weights.shape[0], -1)
-  weight = jnp.take_along_axis(flat, where.choice_of_slot, axis=1, mode='fill', fill_value=0).astype(gradient.dtype)
-  to_slots = weight[..., None] * _rows(gradient, where.choice_of_slot // per_token)
-  to_weights = jnp.einsum('gsm,gskm->gsk', gradient, _by_choice(slots, where), preferred_element_type=jnp.float32)
-  return to_slots, to_weights.astype(weights.dtype), None
+  rows, weights, where = saved
+  sent = _rows(gradient, where.token_of_slot)
+  to_slots = _seat(weights, where)[..., None].astype(gradient.dtype) * sent
+  if where.crowded:
+    dots = _dots('gnm,gnm->gn', sent, rows)
+    dots = jnp.take_along_axis(dots[:, None], where.slot_of_choice, axis=2, mode='clip')
+  else:
+    dots = jnp.stack([_dots('gsm,gsm->gs', gradient, rows[:, k]) for k in range(rows.shape[1])], -1)
+  return to_slots, jnp.where(where.seated, dots, 0), None
 
 
 fill.defvjp(_fill_forward, _fill_backward)
 read.defvjp(_read_forward, _read_backward)
 
 
-def _rows(x: Array, index: Array) -> Array:
-  """x[g, index[g, n]]: float[G, N, M], int32[G, n] -> float[G, n, M]; 0 where the index is N or more."""
-  return jnp.take_along_axis(x, index[..., None], axis=1, mode='fill', fill_value=0)
-
-
 def _by_choice(slots: Array, where: SlotMap) -> Array:
-  """The slots of each token's choices, float[G, S, K, M]."""
+  """The slots of all choices, float[G, K, S, M]; of which TPUs would pad S, K to S, 8. If it is crowded, the slots."""
+  if where.crowded:
+    return slots
   groups, tokens, choices = where.slot_of_choice.shape
-  return _rows(slots, where.slot_of_choice.reshape(groups, -1)).reshape(groups, tokens, choices, slots.shape[-1])
+  there = jnp.minimum(jnp.moveaxis(where.slot_of_choice, 2, 1), slots.shape[1] - 1).reshape(groups, -1)
+  return _rows(slots, there).reshape(groups, choices, tokens, -1)
+
+
+def _weighed(rows: Array, weights: Array, where: SlotMap) -> Array:
+  """The sum of what `_by_choice` gives by weights float32[G, S, K], float[G, S, M]; accumulated in float32."""
+  if where.crowded:
+    shares = _seat(weights, where)[..., None] * rows.astype(jnp.float32)
+    total = jnp.zeros((*weights.shape[:2], rows.shape[-1]), jnp.float32)
+    add = jax.vmap(lambda total, token, share: total.at[token].add(share))
+    total = add(total, where.token_of_slot, shares)
+  else:
+    by_choice = jnp.moveaxis(weights, 2, 1)[..., None]  # a sum over an axis of K would cost TPUs twice as much
+    parts = (by_choice[:, k] * rows[:, k].astype(jnp.float32) for k in range(rows.shape[1]))
+    total = functools.reduce(jnp.add, parts)
+  return total.astype(rows.dtype)
+
+
+def _rows(x: Array, index: Array) -> Array:
+  """x[g, index[g, n]]: float[G, N, M], int32[G, n] -> float[G, n, M]."""
+
+  def get(x: Array, index: Array) -> Array:
+    return x.at[index].get(mode='promise_in_bounds')
+
+  return get(x[0], index[0])[None] if len(x) == 1 else jax.vmap(get)(x, index)
+
+
+def _seat(values: Array, where: SlotMap) -> Array:
+  """Of each slot's choice: [G, S, K] -> [G, E * C]; 0 where the slot is empty."""
+  return _scattered(values, where.slot_of_choice, where.token_of_slot.shape[1])
+
+
+def _scattered(values: Array, slot: Array, total: int) -> Array:
+  groups = len(values)
+  seat = jax.vmap(lambda slot, value: jnp.zeros(total, values.dtype).at[slot].set(value, mode='drop'))
+  return seat(slot.reshape(groups, -1), values.reshape(groups, -1))
+
+
+def _dots(equation: str, a: Array, b: Array) -> Array:
+  return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)

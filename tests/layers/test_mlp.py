@@ -36,11 +36,13 @@ def test_equation(activations):
   """GEGLU is (gelu(x V) * (x W)) U, and so on."""
   layer = Mlp(F, activations)
   params = nn.unbox(layer.init(jax.random.key(0), X, context()))['params']
-  assert {name: p.shape for name, p in params.items()} == {'wi': (M, len(activations), F), 'wo': (F, M)}
+  names = [f'wi_{i}' for i in range(len(activations))]
+  assert {name: p.shape for name, p in params.items()} == dict.fromkeys(names, (M, F)) | {'wo': (F, M)}
   y, aux = layer.apply({'params': params}, X, context())
-  wi, wo = np.asarray(params['wi']), np.asarray(params['wo'])
-  hidden = np.prod([BY_HAND[name](X @ wi[:, i]) for i, name in enumerate(activations)], axis=0)
-  np.testing.assert_allclose(y, hidden @ wo, rtol=1e-4, atol=1e-6)
+  hidden = np.prod(
+    [BY_HAND[a](X @ np.asarray(params[name])) for a, name in zip(activations, names, strict=True)], axis=0
+  )
+  np.testing.assert_allclose(y, hidden @ np.asarray(params['wo']), rtol=1e-4, atol=1e-6)
   assert aux == Aux()
 
 
@@ -48,12 +50,12 @@ def test_activations():
   x = np.linspace(-4, 4, 9, dtype=np.float32)
   assert ACTIVATIONS.keys() == BY_HAND.keys()
   for name, by_hand in BY_HAND.items():
-    np.testing.assert_allclose(apply_activations(jnp.asarray(x)[None], (name,)), by_hand(x), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(apply_activations([jnp.asarray(x)], (name,)), by_hand(x), rtol=1e-4, atol=1e-5)
 
 
 def test_dropout_is_for_training():
   layer = Mlp(512, ('linear',), dropout_rate=0.5)
-  params = {'wi': jnp.ones((M, 1, 512)), 'wo': jnp.ones((512, M))}
+  params = {'wi_0': jnp.ones((M, 512)), 'wo': jnp.ones((512, M))}
   x, rngs = jnp.ones((B, L, M)), {'dropout': jax.random.key(0)}
   calm, _ = layer.apply({'params': params}, x, context(), rngs=rngs)
   np.testing.assert_array_equal(calm, np.full((B, L, M), 512 * M))
@@ -67,5 +69,5 @@ def test_bfloat16_keeps_float32_weights():
   params = nn.unbox(layer.init(jax.random.key(0), X, context()))['params']
   y, _ = layer.apply({'params': params}, X, context())
   expected, _ = Mlp(F).apply({'params': params}, X, context())
-  assert y.dtype == 'bfloat16' and params['wi'].dtype == params['wo'].dtype == 'float32'
+  assert y.dtype == 'bfloat16' and params['wi_0'].dtype == params['wo'].dtype == 'float32'
   np.testing.assert_allclose(y.astype('float32'), expected, atol=0.05)

@@ -20,14 +20,15 @@ from moe_jax.moe.routing_plan import RoutingPlan, assign_slots
 
 DISPATCHERS = {'einsum': einsum, 'gather': gather, 'all_to_all': all_to_all}
 G, S, M, E, F, K, C = 8, 6, 12, 4, 10, 2, 2
-AXES = {'wi': ('expert', 'embed', None, 'expert_mlp'), 'wo': ('expert', 'expert_mlp', 'embed')}
+WI, WO = ('expert', 'embed', 'expert_mlp'), ('expert', 'expert_mlp', 'embed')
+AXES = {'wi_0': WI, 'wi_1': WI, 'wo': WO}
 
 
 @pytest.fixture(scope='module')
 def journey():
   """Weights, tokens, and a plan that drops some of them."""
   rng = np.random.default_rng(0)
-  weights = {'wi': rng.normal(0, 0.5, (E, M, 2, F)), 'wo': rng.normal(0, 0.5, (E, F, M))}
+  weights = {name: rng.normal(0, 0.5, (E, F, M) if name == 'wo' else (E, M, F)) for name in AXES}
   expert_index = np.argsort(rng.random((G, S, E)))[..., :K].astype(np.int32)
   slots = np.asarray(assign_slots(jnp.asarray(expert_index), E, jnp.asarray(rng.random((G, S)) < 0.8)))
   gates = np.where(slots < C, rng.random((G, S, K)), 0).astype(np.float32)
@@ -43,8 +44,9 @@ def carry(dispatcher, weights, tokens, plan):
 def everywhere(weights, tokens, plan):
   """Every expert on every token, weighed by the choices that were kept: no slots, no buffers."""
   chosen = jax.nn.one_hot(plan.expert_index, E) * jnp.where(plan.kept, plan.combine_weight, 0)[..., None]
-  answers = expert_mlp(weights, jnp.broadcast_to(tokens[:, None], (G, E, S, M)), ('gelu', 'linear'))
-  return jnp.einsum('gske,gesm->gsm', chosen, answers)
+  gate, up = (jnp.einsum('gsm,emf->gsef', tokens, weights[name]) for name in ('wi_0', 'wi_1'))
+  answers = jnp.einsum('gsef,efm->gsem', jax.nn.gelu(gate) * up, weights['wo'])
+  return jnp.einsum('gske,gsem->gsm', chosen, answers)
 
 
 def outcome(carry, weights, tokens, plan):
@@ -116,8 +118,9 @@ def collectives(dispatcher, mesh, backward):
     params = {
       'router': {'kernel': struct((width, experts), 'embed', None)},
       'experts': {
-        'wi': struct((experts, width, 2, hidden), *AXES['wi']),
-        'wo': struct((experts, hidden, width), *AXES['wo']),
+        'wi_0': struct((experts, width, hidden), *WI),
+        'wi_1': struct((experts, width, hidden), *WI),
+        'wo': struct((experts, hidden, width), *WO),
       },
     }
     x = struct((batch, length, width), 'batch', None, None)

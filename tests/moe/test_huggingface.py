@@ -84,23 +84,24 @@ def gradient(parameter: Any) -> np.ndarray:
 def switch_params(block: Any, read: Callable[[Any], np.ndarray] = numbers) -> dict[str, Any]:
   """Our names and shapes, from one linear [F, M] and one [M, F] for each expert; `read` may be `gradient`."""
   mlps = [block.experts[f'expert_{e}'] for e in range(E)]
-  wi = np.stack([read(mlp.wi.weight).T[:, None] for mlp in mlps])
+  wi = np.stack([read(mlp.wi.weight).T for mlp in mlps])
   wo = np.stack([read(mlp.wo.weight).T for mlp in mlps])
-  return {'router': {'kernel': read(block.router.classifier.weight).T}, 'experts': {'wi': wi, 'wo': wo}}
+  return {'router': {'kernel': read(block.router.classifier.weight).T}, 'experts': {'wi_0': wi, 'wo': wo}}
 
 
 def fused_params(block: Any, read: Callable[[Any], np.ndarray] = numbers) -> dict[str, Any]:
   """The same from [E, 2 F, M], the activated half before the linear one, and [E, M, F]."""
-  wi = read(block.experts.gate_up_proj).reshape(E, 2, F, M).transpose(0, 3, 1, 2)
+  gate, up = np.moveaxis(read(block.experts.gate_up_proj).reshape(E, 2, F, M), 1, 0).swapaxes(2, 3)
   wo = read(block.experts.down_proj).swapaxes(1, 2)
-  return {'router': {'kernel': read(block.gate.weight).T}, 'experts': {'wi': wi, 'wo': wo}}
+  experts = {'wi_0': gate, 'wi_1': up, 'wo': wo}
+  return {'router': {'kernel': read(block.gate.weight).T}, 'experts': experts}
 
 
 def deepseek_params(block: Any, read: Callable[[Any], np.ndarray] = numbers) -> dict[str, Any]:
   """The same, and the expert that all tokens share, which for us is a dense sublayer."""
   mlp = block.shared_experts
-  wi = np.stack([read(mlp.gate_proj.weight).T, read(mlp.up_proj.weight).T], axis=1)
-  return fused_params(block, read) | {'shared': {'wi': wi, 'wo': read(mlp.down_proj.weight).T}}
+  linears = {'wi_0': mlp.gate_proj, 'wi_1': mlp.up_proj, 'wo': mlp.down_proj}
+  return fused_params(block, read) | {'shared': {name: read(linear.weight).T for name, linear in linears.items()}}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,7 +37,7 @@ def weights(num_experts=E, seed=1):
   rng = np.random.default_rng(seed)
   shapes = {
     'router': {'kernel': (M, num_experts)},
-    'experts': {'wi': (num_experts, M, 2, F), 'wo': (num_experts, F, M)},
+    'experts': {'wi_0': (num_experts, M, F), 'wi_1': (num_experts, M, F), 'wo': (num_experts, F, M)},
   }
   is_shape = lambda x: isinstance(x, tuple)  # noqa: E731
   return jax.tree.map(lambda shape: rng.normal(0, 0.7, shape).astype(np.float32), shapes, is_leaf=is_shape)
@@ -74,8 +74,8 @@ def by_loop(params, x, valid, k, renormalise, capacity):
           free[expert] -= 1
           kept[g, s, j] = True
           gate = probs[g, s, expert] / (probs[g, s, best[g, s]].sum() if renormalise else 1)
-          wi, wo = params['experts']['wi'][expert], params['experts']['wo'][expert]
-          y[g, s] += gate * (gelu(tokens[g, s] @ wi[:, 0]) * (tokens[g, s] @ wi[:, 1])) @ wo
+          wi_0, wi_1, wo = (params['experts'][name][expert] for name in ('wi_0', 'wi_1', 'wo'))
+          y[g, s] += gate * (gelu(tokens[g, s] @ wi_0) * (tokens[g, s] @ wi_1)) @ wo
   return y.reshape(x.shape), kept
 
 
@@ -116,8 +116,8 @@ def test_gradients_equal_those_of_every_expert_on_every_token(case):
     gates = jnp.take_along_axis(probs, best, -1)
     gates = gates / gates.sum(-1, keepdims=True) if renormalise else gates
     share = jnp.sum(jnp.where(kept, gates, 0)[..., None] * jax.nn.one_hot(best, E), axis=2)
-    hidden = jnp.einsum('gsm,emaf->gseaf', tokens, params['experts']['wi'])
-    hidden = jax.nn.gelu(hidden[..., 0, :]) * hidden[..., 1, :]
+    gate, up = (jnp.einsum('gsm,emf->gsef', tokens, params['experts'][name]) for name in ('wi_0', 'wi_1'))
+    hidden = jax.nn.gelu(gate) * up
     return jnp.einsum('gse,gsef,efm->gsm', share, hidden, params['experts']['wo']).reshape(x.shape)
 
   def gradients(output):

@@ -36,13 +36,13 @@ def test_state_is_made_where_its_spec_says(mesh, optimizer):
 
 def test_experts_lie_along_the_expert_axis_and_their_moments_beside_them(mesh):
   _, spec, _ = prepare(mesh(2, 2, 2), ADAMW)
-  wi = spec.params['stack_0']['blocks']['moe']['experts']['wi']
-  assert wi.shape == (2, 8, 32, 2, 32)  # layers, experts, width, branches, hidden
-  assert tuple(wi.sharding.spec) == (None, 'expert', 'data', None, 'model')
+  wi = spec.params['stack_0']['blocks']['moe']['experts']['wi_0']
+  assert wi.shape == (2, 8, 32, 32)  # layers, experts, width, hidden
+  assert tuple(wi.sharding.spec) == (None, 'expert', 'data', 'model')
   mirrors = [
     leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(spec.opt_state)
-    if "['experts']['wi']" in jax.tree_util.keystr(path)
+    if "['experts']['wi_0']" in jax.tree_util.keystr(path)
   ]
   assert len(mirrors) == 2 and all(leaf.sharding == wi.sharding for leaf in mirrors)
 

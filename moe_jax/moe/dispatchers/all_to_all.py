@@ -5,10 +5,11 @@ expert, and weighs the answers when they are back. The sharding cannot get lost,
 """
 
 import jax
+from jax.sharding import AbstractMesh, PartitionSpec
 
 from moe_jax.moe.experts import ExpertBank, Weights
 from moe_jax.moe.routing_plan import Plan
-from moe_jax.sharding import spec
+from moe_jax.sharding import axes_of, spec
 from moe_jax.types import Array
 
 
@@ -18,14 +19,12 @@ def all_to_all(experts: ExpertBank, tokens: Array, plan: Plan) -> Array:
   if mesh.empty:
     return _journey(experts.weights, tokens, plan, experts, expert_axis=None, hidden_axis=None)
   (expert_axis,), (hidden_axis,) = spec('expert'), spec('expert_mlp')
+  weight_specs = {name: spec(*names) for name, names in experts.axes.items()}
 
   def local(weights: Weights, tokens: Array, plan: Plan) -> Array:
+    weights = {name: _whole(weights[name], names, weight_specs[name], mesh) for name, names in experts.axes.items()}
     return _journey(weights, tokens, plan, experts, expert_axis, hidden_axis)
 
-  # Weights split along 'embed' (FSDP) are gathered on the way in, and their gradients scattered on the way out.
-  weight_specs = {
-    name: spec(*(None if axis == 'embed' else axis for axis in names)) for name, names in experts.axes.items()
-  }
   by_group = spec('batch', None, None)
   return jax.shard_map(
     local,
@@ -33,6 +32,18 @@ def all_to_all(experts: ExpertBank, tokens: Array, plan: Plan) -> Array:
     in_specs=(weight_specs, by_group, jax.tree.map(lambda _: by_group, plan)),
     out_specs=by_group,
   )(experts.weights, tokens, plan)
+
+
+def _whole(weight: Array, names: tuple[str | None, ...], where: PartitionSpec, mesh: AbstractMesh) -> Array:
+  """A device's experts whole: gathered where they are split for memory alone (FSDP), and their gradients scattered.
+
+  Over mesh axes along which the weight is the same everywhere its gradient is summed. Both in the weight's dtype.
+  """
+  for axis, (name, entry) in enumerate(zip(names, where, strict=True)):
+    if entry and name not in ('expert', 'expert_mlp'):
+      weight = jax.lax.all_gather(weight, entry, axis=axis, tiled=True)
+  split = [axis for entry in where for axis in axes_of(entry)]
+  return jax.lax.pcast(weight, tuple(axis for axis in mesh.axis_names if axis not in split), to='varying')
 
 
 def _journey(
