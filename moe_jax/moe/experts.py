@@ -1,5 +1,6 @@
 """The experts: their weights, and the pure function that runs them on filled buffers."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from moe_jax import sharding
 from moe_jax.layers.initializers import fan_in
 from moe_jax.layers.mlp import apply_activations
+from moe_jax.moe.grouped_matmul import grouped_matmul
 from moe_jax.types import Array, Dtype, Initializer
 
 Weights = dict[str, Array]
@@ -23,11 +25,14 @@ class ExpertBank(NamedTuple):
       partial where `weights` hold only a shard of the hidden axis.
     weights: arrays with a leading expert axis.
     axes: logical axis names of each weight.
+    grouped: (weights, float[N, M], blocks int32[E], block) -> float[N, M], on rows that are sorted by expert, so many
+      blocks of `block` rows each; None for experts that run on buffers only.
   """
 
   apply: Callable[[Weights, Array], Array]
   weights: Weights
   axes: dict[str, tuple[str | None, ...]]
+  grouped: Callable[[Weights, Array, Array, int], Array] | None = None
 
 
 def expert_mlp(weights: Weights, slots: Array, activations: Sequence[str]) -> Array:
@@ -43,6 +48,12 @@ def expert_mlp(weights: Weights, slots: Array, activations: Sequence[str]) -> Ar
   """
   branches = [_into_experts(slots, weights[f'wi_{i}']) for i in range(len(activations))]
   return _out_of_experts(apply_activations(branches, activations), weights['wo'])
+
+
+def grouped_expert_mlp(weights: Weights, rows: Array, blocks: Array, block: int, activations: Sequence[str]) -> Array:
+  """As `expert_mlp`, on float[N, M] rows of which every expert has whole blocks; see `grouped_matmul`."""
+  branches = [grouped_matmul(rows, weights[f'wi_{i}'], blocks, block) for i in range(len(activations))]
+  return grouped_matmul(apply_activations(branches, activations), weights['wo'], blocks, block)
 
 
 # The two matmuls, with derivatives written out: those that JAX derives give the weights' gradients transposed, which
@@ -141,4 +152,9 @@ class Experts(nn.Module):
       for name, shape in shapes.items()
     }
     activations = tuple(self.activations)
-    return ExpertBank(lambda w, slots: expert_mlp(w, slots, activations), weights, axes)
+    return ExpertBank(
+      apply=functools.partial(expert_mlp, activations=activations),
+      weights=weights,
+      axes=axes,
+      grouped=functools.partial(grouped_expert_mlp, activations=activations),
+    )

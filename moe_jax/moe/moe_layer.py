@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 
 import flax.linen as nn
+import jax.numpy as jnp
 
 from moe_jax import sharding
 from moe_jax.layers.context import Context
@@ -17,6 +18,7 @@ from moe_jax.moe.dispatchers.einsum import einsum
 from moe_jax.moe.experts import Experts
 from moe_jax.moe.routers.base import Router, RoutingContext
 from moe_jax.moe.routers.top_k import TopKRouter
+from moe_jax.notices import notice
 from moe_jax.types import Array, Aux, ConfigError
 
 
@@ -114,8 +116,16 @@ class MoELayer(nn.Module):
       warnings.warn(advice, stacklevel=2)
     plan, aux = router(tokens, routing_context)
     bank = self.experts(num_experts=self.num_experts, features=width, name='experts')()
-    y = self.dispatcher(bank, tokens, plan)
+    y, journey = self.dispatcher(bank, tokens, plan)
+    mebibytes = journey.rows * width * y.dtype.itemsize / 2**20
+    notice(
+      f'{"training" if context.train else "outside training"}: a device holds {journey.rows:,} rows of {width}'
+      f' {y.dtype} ({mebibytes:,.1f} MiB) on the way to the experts of a layer, and as many on the way home'
+    )
+    metrics = aux.metrics
+    if journey.overflow is not None:
+      metrics = {**metrics, 'overflow': journey.overflow / jnp.maximum(context.token_count, 1)}
     terms = {name: term.reshape(batch, length) for name, term in aux.token_terms.items()}
     return sharding.constrain(y.reshape(batch, length, width), 'batch', None, None), dataclasses.replace(
-      aux, token_terms=terms
+      aux, metrics=metrics, token_terms=terms
     )

@@ -38,6 +38,20 @@ class RoutingPlan:
     """bool[G, S, K], choices that got a slot."""
     return self.slot_index < self.capacity
 
+  @property
+  def slots(self) -> int:
+    """E * C, the slots of a group."""
+    return self.num_experts * self.capacity
+
+  @property
+  def slots_per_choice(self) -> float:
+    """Above 1 some slots must stay empty."""
+    return self.slots / (self.slot_index.shape[1] * self.slot_index.shape[2])
+
+  def choices(self) -> 'RoutingPlan':
+    """The plan itself, for a dispatcher that carries choices one by one."""
+    return self
+
   def dispatch_array(self, dtype: Dtype) -> Array:
     """0/1 [G, S, E, C]: token s of group g sits in slot c of expert e."""
     return self._placed(jnp.ones_like(self.combine_weight), dtype)
@@ -57,7 +71,8 @@ class RoutingPlan:
 
   @property
   def _map(self) -> SlotMap:
-    return slot_map(self.expert_index, self.slot_index, self.num_experts, self.capacity)
+    slot = jnp.where(self.kept, self.expert_index * self.capacity + self.slot_index, self.slots)
+    return slot_map(slot, self.slots)
 
   def _placed(self, weight: Array, dtype: Dtype) -> Array:
     expert = jax.nn.one_hot(self.expert_index, self.num_experts, dtype=dtype) * weight[..., None].astype(dtype)
@@ -127,6 +142,24 @@ class SoftRoutingPlan:
   dispatch: Array
   combine: Array
 
+  @property
+  def slots(self) -> int:
+    """As `RoutingPlan.slots`."""
+    return self.dispatch.shape[2] * self.dispatch.shape[3]
+
+  @property
+  def slots_per_choice(self) -> float:
+    """Every slot is full."""
+    return 1.0
+
+  def choices(self) -> RoutingPlan:
+    """There are none.
+
+    Raises:
+      ConfigError: always.
+    """
+    raise ConfigError('Soft routing mixes tokens and chooses none: its DISPATCHER is einsum, gather or all_to_all.')
+
   def dispatch_array(self, dtype: Dtype) -> Array:
     """As `RoutingPlan.dispatch_array`, with weights for ones."""
     return self.dispatch.astype(dtype)
@@ -147,6 +180,11 @@ class SoftRoutingPlan:
 class Plan(Protocol):
   """What dispatchers need of a plan: to fill buffers and to read them, either way as it likes or by one-hot arrays."""
 
+  @property
+  def slots(self) -> int: ...
+  @property
+  def slots_per_choice(self) -> float: ...
+  def choices(self) -> RoutingPlan: ...
   def dispatch_array(self, dtype: Dtype) -> Array: ...
   def combine_array(self, dtype: Dtype) -> Array: ...
   def fill(self, tokens: Array) -> Array: ...

@@ -21,8 +21,8 @@ class SlotMap(NamedTuple):
   """Who sits where.
 
   Attributes:
-    token_of_slot: int32[G, E * C]; some token where the slot is empty.
-    slot_of_choice: int32[G, S, K], expert * C + place; E * C where the choice is dropped or not made.
+    token_of_slot: int32[G, N] of N slots, in a plan E * C; some token where the slot is empty.
+    slot_of_choice: int32[G, S, K]; N where the choice is dropped or not made.
   """
 
   token_of_slot: Array
@@ -39,17 +39,15 @@ class SlotMap(NamedTuple):
     return self.slot_of_choice.size > 2 * self.token_of_slot.size
 
 
-def slot_map(expert_index: Array, slot_index: Array, num_experts: int, capacity: int) -> SlotMap:
-  """The map of a plan's choices, int32[G, S, K] both; see `RoutingPlan`."""
-  total = num_experts * capacity
-  slot = jnp.where(slot_index < capacity, expert_index * capacity + slot_index, total)
-  token = jnp.broadcast_to(jnp.arange(slot.shape[1], dtype=jnp.int32)[:, None], slot.shape)
-  return SlotMap(_scattered(token, slot, total), slot)
+def slot_map(slot_of_choice: Array, total: int) -> SlotMap:
+  """The map of choices int32[G, S, K] to as many slots; `total` where a choice has none."""
+  token = jnp.broadcast_to(jnp.arange(slot_of_choice.shape[1], dtype=jnp.int32)[:, None], slot_of_choice.shape)
+  return SlotMap(_scattered(token, slot_of_choice, total), slot_of_choice)
 
 
 @jax.custom_vjp
 def fill(tokens: Array, where: SlotMap) -> Array:
-  """The token of each slot: float[G, S, M] -> float[G, E * C, M]."""
+  """The token of each slot: float[G, S, M] -> float[G, N, M]."""
   return _rows(tokens, where.token_of_slot)
 
 
@@ -63,7 +61,7 @@ def _fill_backward(where: SlotMap, gradient: Array) -> tuple[Array, None]:
 
 @jax.custom_vjp
 def read(slots: Array, weights: Array, where: SlotMap) -> Array:
-  """The sum of a token's choices by weight: float[G, E * C, M], float32[G, S, K] -> float[G, S, M]."""
+  """The sum of a token's choices by weight: float[G, N, M], float32[G, S, K] -> float[G, S, M]."""
   return _read_forward(slots, weights, where)[0]
 
 
@@ -121,7 +119,7 @@ def _rows(x: Array, index: Array) -> Array:
 
 
 def _seat(values: Array, where: SlotMap) -> Array:
-  """Of each slot's choice: [G, S, K] -> [G, E * C]; 0 where the slot is empty."""
+  """Of each slot's choice: [G, S, K] -> [G, N]; 0 where the slot is empty."""
   return _scattered(values, where.slot_of_choice, where.token_of_slot.shape[1])
 
 

@@ -13,12 +13,13 @@ from moe_jax.layers.context import Context
 from moe_jax.moe.dispatchers.all_to_all import all_to_all
 from moe_jax.moe.dispatchers.einsum import einsum
 from moe_jax.moe.dispatchers.gather import gather
-from moe_jax.moe.experts import ExpertBank, Experts, expert_mlp
+from moe_jax.moe.dispatchers.ragged import ragged
+from moe_jax.moe.experts import ExpertBank, Experts, expert_mlp, grouped_expert_mlp
 from moe_jax.moe.moe_layer import MoELayer
 from moe_jax.moe.routers.top_k import TopKRouter
 from moe_jax.moe.routing_plan import RoutingPlan, assign_slots
 
-DISPATCHERS = {'einsum': einsum, 'gather': gather, 'all_to_all': all_to_all}
+DISPATCHERS = {'einsum': einsum, 'gather': gather, 'all_to_all': all_to_all, 'ragged': ragged}
 G, S, M, E, F, K, C = 8, 6, 12, 4, 10, 2, 2
 WI, WO = ('expert', 'embed', 'expert_mlp'), ('expert', 'expert_mlp', 'embed')
 AXES = {'wi_0': WI, 'wi_1': WI, 'wo': WO}
@@ -38,7 +39,8 @@ def journey():
 
 
 def carry(dispatcher, weights, tokens, plan):
-  return dispatcher(ExpertBank(lambda w, slots: expert_mlp(w, slots, ('gelu', 'linear')), weights, AXES), tokens, plan)
+  apply, grouped = (functools.partial(run, activations=('gelu', 'linear')) for run in (expert_mlp, grouped_expert_mlp))
+  return dispatcher(ExpertBank(apply, weights, AXES, grouped), tokens, plan)[0]
 
 
 def everywhere(weights, tokens, plan):
@@ -68,7 +70,7 @@ def expected(journey):
   return outcome(everywhere, *journey)
 
 
-@pytest.mark.parametrize('shape', [None, (1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize('shape', [None, (1, 1, 1), (2, 4, 1), (8, 1, 1), (1, 4, 2), (2, 2, 2)])
 @pytest.mark.parametrize('name', DISPATCHERS)
 def test_tokens_go_where_the_plan_says(name, shape, journey, expected, mesh):
   run = functools.partial(outcome, functools.partial(carry, DISPATCHERS[name]), *journey)
@@ -137,7 +139,9 @@ def collectives(dispatcher, mesh, backward):
 def test_collectives(name, shape, backward, mesh):
   found = collectives(DISPATCHERS[name], mesh(*shape), backward)
   kinds = [kind for kind, _ in found]
-  assert kinds.count('all-to-all') == (4 if backward else 2), found  # out and home, and the same way back
+  tokens = [shape for kind, shape in found if kind == 'all-to-all' and shape[-1] == 24]
+  assert len(tokens) == (4 if backward else 2), found  # out and home, and the same way back
+  assert kinds.count('all-to-all') == len(tokens) + (name == 'ragged'), found  # which first says how many it sends
   assert set(kinds) <= {'all-to-all', 'all-gather', 'all-reduce'}, found
   # No tokens, buffers or weights are gathered. (XLA's top-k for CPUs gathers the router's probabilities [G, S, E]; its
   # top-k for TPUs is a sort, and does not.)

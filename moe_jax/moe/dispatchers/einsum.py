@@ -7,13 +7,14 @@ gathers every token on every device instead.
 
 import jax.numpy as jnp
 
+from moe_jax.moe.dispatchers.base import Journey, full_buffers
 from moe_jax.moe.experts import ExpertBank
 from moe_jax.moe.routing_plan import Plan
 from moe_jax.sharding import constrain
 from moe_jax.types import Array
 
 
-def einsum(experts: ExpertBank, tokens: Array, plan: Plan) -> Array:
+def einsum(experts: ExpertBank, tokens: Array, plan: Plan) -> tuple[Array, Journey]:
   """See `Dispatcher`."""
   slots = jnp.einsum('gsec,gsm->gecm', plan.dispatch_array(tokens.dtype), tokens)
   slots = constrain(slots, 'batch', None, None, None)
@@ -21,4 +22,4 @@ def einsum(experts: ExpertBank, tokens: Array, plan: Plan) -> Array:
   slots = experts.apply(experts.weights, slots)
   slots = constrain(slots, 'expert_group', 'expert', None, None)
   slots = constrain(slots, 'batch', None, None, None)  # all-to-all
-  return jnp.einsum('gsec,gecm->gsm', plan.combine_array(tokens.dtype), slots)
+  return jnp.einsum('gsec,gecm->gsm', plan.combine_array(tokens.dtype), slots), full_buffers(tokens, plan)

@@ -3,17 +3,18 @@
 Moves K rows a token each way and multiplies nothing, where one-hot dispatch costs 4 S E C M FLOPs a group. See `slots`.
 """
 
+from moe_jax.moe.dispatchers.base import Journey, full_buffers
 from moe_jax.moe.experts import ExpertBank
 from moe_jax.moe.routing_plan import Plan
 from moe_jax.sharding import constrain
 from moe_jax.types import Array
 
 
-def gather(experts: ExpertBank, tokens: Array, plan: Plan) -> Array:
+def gather(experts: ExpertBank, tokens: Array, plan: Plan) -> tuple[Array, Journey]:
   """See `Dispatcher`."""
   slots = constrain(plan.fill(tokens), 'batch', None, None, None)
   slots = constrain(slots, 'expert_group', 'expert', None, None)  # all-to-all
   slots = experts.apply(experts.weights, slots)
   slots = constrain(slots, 'expert_group', 'expert', None, None)
   slots = constrain(slots, 'batch', None, None, None)  # all-to-all
-  return plan.read(slots)
+  return plan.read(slots), full_buffers(tokens, plan)
