@@ -132,6 +132,12 @@ def shards(name: str) -> int:
   return math.prod(mesh.shape[axis] for axis in axes_of(spec(name)[0]))
 
 
+def is_local() -> bool:
+  """Whether arrays are what one device holds, here and now: without a mesh, and inside `shard_map`."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return len(mesh.manual_axes) == len(mesh.axis_names)
+
+
 def partitioned(initializer: Initializer, *names: str | None) -> Initializer:
   """An initializer whose parameter carries its logical axis names."""
   return nn.with_logical_partitioning(initializer, names)

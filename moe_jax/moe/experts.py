@@ -46,8 +46,11 @@ def expert_mlp(weights: Weights, slots: Array, activations: Sequence[str]) -> Ar
   Returns:
     float[G, E, C, M].
   """
+  shape = slots.shape
+  if shape[1] == 1:  # one expert has one block of rows, which TPUs do not see by themselves
+    slots = slots.reshape(1, 1, -1, shape[-1])
   branches = [_into_experts(slots, weights[f'wi_{i}']) for i in range(len(activations))]
-  return _out_of_experts(apply_activations(branches, activations), weights['wo'])
+  return _out_of_experts(apply_activations(branches, activations), weights['wo']).reshape(shape)
 
 
 def grouped_expert_mlp(weights: Weights, rows: Array, blocks: Array, block: int, activations: Sequence[str]) -> Array:
@@ -75,7 +78,6 @@ def _into_forward(slots: Array, wi: Array) -> tuple[Array, tuple[Array, Array]]:
 def _into_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
   slots, wi = saved
   to_slots = _dot(gradient, wi.astype(slots.dtype), contract=((3,), (2,)), batch=((0,), (0,)))
-  slots, gradient = _merged(slots, 1), _merged(gradient, 0)
   to_wi = _dot(slots, gradient, contract=((0, 2), (1, 2)), batch=((1,), (0,)), dtype=wi.dtype)
   return _groups_first(to_slots), to_wi
 
@@ -93,7 +95,6 @@ def _out_forward(hidden: Array, wo: Array) -> tuple[Array, tuple[Array, Array]]:
 def _out_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
   hidden, wo = saved
   to_hidden = _dot(gradient, wo.astype(hidden.dtype), contract=((3,), (2,)), batch=((1,), (0,)))
-  hidden, gradient = _merged(hidden, 0), _merged(gradient, 1)
   to_wo = _dot(hidden, gradient, contract=((1, 2), (0, 2)), batch=((0,), (1,)), dtype=wo.dtype)
   return to_hidden, to_wo
 
@@ -109,18 +110,10 @@ def _dot(a: Array, b: Array, contract: Any, batch: Any, dtype: Dtype = None) -> 
 
 def _groups_first(x: Array) -> Array:
   """float[E, G, C, M] -> float[G, E, C, M]; on TPUs the matmul before it is told to write its rows in that order."""
-  ordered = jax.lax.platform_dependent(
-    x, tpu=lambda x: with_layout_constraint(x, Layout((1, 0, 2, 3))), default=lambda x: x
-  )
-  return ordered.swapaxes(0, 1)
-
-
-def _merged(x: Array, expert_axis: int) -> Array:
-  """[G, E, C, ...], or E first, its rows in one axis where there is one expert: TPUs do not see that by themselves."""
-  if x.shape[expert_axis] > 1:
-    return x
-  shape = [1, 1, x.shape[0] * x.shape[1] * x.shape[2], *x.shape[3:]]
-  return x.reshape(shape)
+  if sharding.is_local():  # else some compilers would gather x on every device, to constrain its layout
+    order = Layout((1, 0, 2, 3))
+    x = jax.lax.platform_dependent(x, tpu=lambda x: with_layout_constraint(x, order), default=lambda x: x)
+  return x.swapaxes(0, 1)
 
 
 class Experts(nn.Module):
