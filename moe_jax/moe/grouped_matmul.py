@@ -44,18 +44,23 @@ grouped_matmul.defvjp(_forward, _backward)
 
 def _per_block(rows: Array, matrices: Array, blocks: Array, block: int, transposed: bool) -> Array:
   """Every block times its expert's matrix, or the transpose of it."""
-  expert, used = _experts_of_blocks(blocks, len(rows) // block)
   contract = 1 if transposed else 0
   depth, columns = matrices.shape[1 + contract], matrices.shape[2 - contract]
   matrices = matrices.astype(rows.dtype)
 
-  def loop(rows: Array, matrices: Array, expert: Array, used: Array) -> Array:
-    def step(i: Array, out: Array) -> Array:
-      mine, matrix = _block_of(rows, i, block), jax.lax.dynamic_index_in_dim(matrices, expert[i], keepdims=False)
-      done = _dot(mine, matrix, (1, contract)).astype(out.dtype)
-      return jax.lax.dynamic_update_slice_in_dim(out, done, i * block, axis=0)
+  def loop(rows: Array, matrices: Array, blocks: Array) -> Array:
+    starts = jnp.cumsum(blocks) - blocks
 
-    return jax.lax.fori_loop(0, used, step, jnp.zeros_like(rows, shape=(len(rows), columns)))
+    def of_expert(e: Array, out: Array) -> Array:
+      matrix = jax.lax.dynamic_index_in_dim(matrices, e, keepdims=False)
+
+      def of_block(i: Array, out: Array) -> Array:
+        done = _dot(_block_of(rows, i, block), matrix, (1, contract)).astype(out.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(out, done, i * block, axis=0)
+
+      return jax.lax.fori_loop(starts[e], starts[e] + blocks[e], of_block, out)
+
+    return jax.lax.fori_loop(0, len(blocks), of_expert, jnp.zeros_like(rows, shape=(len(rows), columns)))
 
   def step(expert: Any, used: Any, rows: Any, matrix: Any, out: Any) -> None:
     @pl.when(pl.program_id(1) < used[0])
@@ -66,7 +71,8 @@ def _per_block(rows: Array, matrices: Array, blocks: Array, block: int, transpos
     def _() -> None:
       out[...] = jnp.zeros_like(out)
 
-  def kernel(rows: Array, matrices: Array, expert: Array, used: Array) -> Array:
+  def kernel(rows: Array, matrices: Array, blocks: Array) -> Array:
+    expert, used = _experts_of_blocks(blocks, len(rows) // block)
     tile = _tile(columns, 2**21 // depth)
     part = (None, tile, depth) if transposed else (None, depth, tile)
     return pl.pallas_call(
@@ -84,15 +90,14 @@ def _per_block(rows: Array, matrices: Array, blocks: Array, block: int, transpos
       interpret=INTERPRET,
     )(expert, used[None], rows, matrices)
 
-  return _by_platform(kernel, loop, rows, matrices, expert, used)
+  return _by_platform(kernel, loop, rows, matrices, blocks)
 
 
 def _per_expert(rows: Array, gradient: Array, blocks: Array, block: int, dtype: Dtype) -> Array:
   """float[N, K], float[N, F] -> [E, K, F], each expert's rows, transposed, times its gradients."""
-  expert, used = _experts_of_blocks(blocks, len(rows) // block)
   depth, columns = rows.shape[1], gradient.shape[1]
 
-  def loop(rows: Array, gradient: Array, blocks: Array, expert: Array, used: Array) -> Array:
+  def loop(rows: Array, gradient: Array, blocks: Array) -> Array:
     starts = jnp.cumsum(blocks) - blocks
     zeros = jnp.zeros_like(gradient, jnp.float32, shape=(depth, columns))
 
@@ -121,7 +126,8 @@ def _per_expert(rows: Array, gradient: Array, blocks: Array, block: int, dtype: 
     def _() -> None:
       out[...] = total[...].astype(out.dtype)
 
-  def kernel(rows: Array, gradient: Array, blocks: Array, expert: Array, used: Array) -> Array:
+  def kernel(rows: Array, gradient: Array, blocks: Array) -> Array:
+    expert, used = _experts_of_blocks(blocks, len(rows) // block)
     high, wide = _tile(depth, 1024), _tile(columns, 1024)
     out = pl.pallas_call(
       step,
@@ -140,7 +146,7 @@ def _per_expert(rows: Array, gradient: Array, blocks: Array, block: int, dtype: 
     )(expert, used[None], rows, gradient)
     return jnp.where((blocks > 0)[:, None, None], out, 0)  # nothing is written for an expert without rows
 
-  return _by_platform(kernel, loop, rows, gradient, blocks, expert, used)
+  return _by_platform(kernel, loop, rows, gradient, blocks)
 
 
 INTERPRET = False  # tests run the kernels on a CPU
