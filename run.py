@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import importlib
 import inspect
+import logging
 import os
 import pathlib
 import re
@@ -28,6 +29,14 @@ MODES = {  # mode -> module:function
 }
 HERE = pathlib.Path(__file__).resolve().parent
 ROUTERS = HERE / 'gin' / 'routers'
+
+
+class Printer(logging.Handler):
+  """Prints what the library has to say (`moe_jax.notices`) among what the run prints."""
+
+  def emit(self, record: logging.LogRecord) -> None:
+    """Prints a record's message."""
+    print(record.getMessage(), flush=True)
 
 
 def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -117,6 +126,11 @@ def first_line(error: BaseException) -> str:
 def main(arguments: list[str]) -> int:
   """Runs one mode; returns the exit code. Bad input gets one line, unless --debug."""
   debug = '--debug' in arguments
+  library = logging.getLogger('moe_jax')
+  library.setLevel(logging.INFO)
+  library.propagate = False
+  if not library.handlers:
+    library.addHandler(Printer())
   try:
     flags, bindings = parse_arguments(arguments)
     run(flags, bindings)

@@ -62,6 +62,9 @@ def summarize(values: Mapping[str, Any]) -> str:
   if loads:
     busiest = max(float(np.max(load / np.maximum(load.mean(-1, keepdims=True), 1e-20))) for load in loads)
     facts.append(f'busiest expert {busiest:.2f}x')
+  overflow = max((float(np.max(value)) for key, value in values.items() if key.endswith('/overflow')), default=0.0)
+  if overflow > 0:
+    facts.append(f'overflow {overflow:.2g} choices a token')
   return '  '.join(facts)
 
 

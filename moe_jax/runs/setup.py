@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -13,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe_jax import sharding
 from moe_jax.batch import batch_spec
+from moe_jax.notices import notice
 from moe_jax.objectives import LanguageModeling, Objective
 from moe_jax.training.checkpoints import Checkpointer
 from moe_jax.training.state import OptimizerFactory, TrainState, init_state
@@ -48,7 +50,14 @@ class Devices:
       with contextlib.suppress(RuntimeError):  # the backend runs already: take it as it is
         jax.config.update('jax_num_cpu_devices', self.fake_devices)  # no matter where there is a GPU or a TPU
     devices = jax.devices()
-    return sharding.make_mesh(sharding.mesh_shape(self.mesh, len(devices), self.num_experts), devices)
+    shape = sharding.mesh_shape(self.mesh, len(devices), self.num_experts)
+    widest = math.gcd(len(devices) // shape['model'], self.num_experts) if self.num_experts else 1
+    if shape['expert'] < widest:
+      notice(
+        f'MESH: {self.num_experts} experts live on {shape["expert"]} devices and could on {widest}, which saves memory'
+        " and the exchange of their gradients ('expert': -1 takes the widest axis that fits)"
+      )
+    return sharding.make_mesh(shape, devices)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Every dispatcher carries every plan alike, and says so in the right collectives."""
 
 import functools
+import logging
 import re
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 from moe_jax import sharding
 from moe_jax.layers.context import Context
 from moe_jax.moe.dispatchers.all_to_all import all_to_all
+from moe_jax.moe.dispatchers.auto import auto, choose
 from moe_jax.moe.dispatchers.einsum import einsum
 from moe_jax.moe.dispatchers.gather import gather
 from moe_jax.moe.dispatchers.ragged import ragged
@@ -146,3 +148,20 @@ def test_collectives(name, shape, backward, mesh):
   # No tokens, buffers or weights are gathered. (XLA's top-k for CPUs gathers the router's probabilities [G, S, E]; its
   # top-k for TPUs is a sort, and does not.)
   assert {shape for kind, shape in found if kind == 'all-gather'} <= {(8, 32, 8)}, found
+
+
+def test_auto_takes_what_is_cheapest(journey, mesh, caplog, monkeypatch):
+  weights, tokens, plan = journey
+  roomy = plan.replace(capacity=S)  # 4 experts x 6 slots for 6 x 2 choices
+  buffers = ExpertBank(None, weights, AXES)
+  rows = buffers._replace(grouped=grouped_expert_mlp)
+  assert choose(rows, plan)[0] is all_to_all
+  assert choose(rows, roomy)[0] is all_to_all, 'twice the room is not yet too much'
+  assert choose(rows, roomy.replace(capacity=S + 1))[0] is ragged
+  assert choose(buffers, roomy.replace(capacity=S + 1))[0] is all_to_all
+  monkeypatch.setattr(logging.getLogger('moe_jax'), 'handlers', [caplog.handler])
+  monkeypatch.setattr(logging.getLogger('moe_jax'), 'propagate', False)
+  with caplog.at_level('INFO', 'moe_jax'), sharding.activate(mesh(2, 4, 1), sharding.replicated_rules()):
+    for _ in range(2):
+      jax.eval_shape(functools.partial(carry, auto), weights, tokens, plan)
+  assert [r.message for r in caplog.records] == ['auto: all_to_all, since experts live on 4 devices']

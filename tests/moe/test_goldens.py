@@ -163,7 +163,7 @@ def test_vmoe_dispatchers(name, indices, kept, slots):
     return x
 
   tokens = jnp.tile(jnp.arange(1.0, 7.0).reshape(2, 3, 1), (1, 1, 4))
-  y = DISPATCHERS[name](ExpertBank(idle, {}, {}), tokens, plan)
+  y, _ = DISPATCHERS[name](ExpertBank(idle, {}, {}), tokens, plan)
   by_expert = seen[0].swapaxes(0, 1).reshape(len(slots), -1, 4)
   np.testing.assert_array_equal(by_expert, np.repeat(np.array(slots)[..., None], 4, axis=-1))
   home = np.array([[0.7, 2 * 0.7, 3], [4, 5 * 0.7, 6 * 0.3]], np.float32)
@@ -181,7 +181,7 @@ def test_vmoe_dispatchers_on_a_mesh(name, shape, mesh):
   @jax.jit
   def run(p, tokens, plan):
     bank = ExpertBank(lambda w, x: x + w['p'][None, :, None, None], {'p': p}, {'p': ('expert',)})
-    return DISPATCHERS[name](bank, tokens, plan)
+    return DISPATCHERS[name](bank, tokens, plan)[0]
 
   tokens = 10 * np.arange(1, 33, dtype=np.float32).reshape(8, 4, 1)
   with sharding.activate(mesh(*shape), sharding.replicated_rules()):
