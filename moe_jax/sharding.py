@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.types import Array, ConfigError, Initializer
@@ -86,7 +87,9 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = N
   sizes = tuple(shape[axis] for axis in MESH_AXES)
   if devices[0].platform == 'cpu':  # no wiring to respect, and any subset of devices will do
     return Mesh(np.asarray(devices[: math.prod(sizes)]).reshape(sizes), MESH_AXES, axis_types=types)
-  return jax.make_mesh(sizes, MESH_AXES, axis_types=types, devices=devices)
+  # Unlike `jax.make_mesh`, this also finds a place for axes that are no product of whole sides of the torus.
+  placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+  return Mesh(placed, MESH_AXES, axis_types=types)
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ _FREE = {
   *('copy-start', 'copy-done', 'slice-start', 'slice-done', 'dynamic-slice-start', 'dynamic-slice-done', 'replica-id'),
   *('dynamic-update-slice-start', 'dynamic-update-slice-done'),
 }
-_BYTES = {'pred': 8, 'bf16': 16}
+_BITS = {'pred': 8, 'bf16': 16}
 
 _COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.-]+) (?:\(.*)?\{')
 _INSTRUCTION = re.compile(r'^\s+(?:ROOT )?%?([\w.-]+) = (.*?[\])}]) ([a-z][a-z0-9-]*)\((.*)$')
@@ -36,6 +36,8 @@ _CALLED = re.compile(r'(?:calls|to_apply|called_computations|body|branch_computa
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _SOURCE = re.compile(r'op_name="([^"]*)"')
+_TARGET = re.compile(r'custom_call_target="([^"]*)"')
+_FREE_TARGETS = {'ConcatBitcast', 'AsyncCollectiveStart', 'AsyncCollectiveDone'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Operation:
   @property
   def bytes(self) -> int:
     """Of all results of one run, on one device."""
-    return sum(_size(dtype) * math.prod(shape) // 8 for dtype, shape in self.arrays)
+    return sum(_bits(dtype) * math.prod(shape) // 8 for dtype, shape in self.arrays)
 
   @property
   def wire_bytes(self) -> float:
@@ -81,9 +83,9 @@ class Operation:
     return 0
 
 
-def _size(dtype: str) -> int:
-  """Bits of one number."""
-  return _BYTES.get(dtype) or int((re.search(r'\d+', dtype) or ['0'])[0])
+def _bits(dtype: str) -> int:
+  """Of one number."""
+  return _BITS.get(dtype) or int((re.search(r'\d+', dtype) or ['0'])[0])
 
 
 def operations(text: str) -> list[Operation]:
@@ -107,7 +109,7 @@ def cycles(operations: Iterable[Operation], matmul: bool) -> int:
 
 
 def uncosted_bytes(operations: Iterable[Operation]) -> int:
-  """Bytes written by what the compiler gives no estimate for, collectives apart: sorts, gathers, scatters, kernels."""
+  """Bytes written by what has no estimate, collectives apart: sorts, gathers, scatters, kernels; on chip or off it."""
   return sum(op.times * op.bytes for op in operations if op.cycles is None and op.kind not in COLLECTIVES)
 
 
@@ -131,31 +133,36 @@ def _computations(text: str) -> tuple[str, dict[str, list[str]]]:
 
 
 def _walk(name: str, bodies: dict[str, list[str]], times: int) -> Iterator[Operation]:
+  """The operations of a computation and of all that it calls."""
   for line in bodies[name]:
     if not (found := _INSTRUCTION.match(line)):
       continue
     _, results, kind, rest = found.groups()
-    called = [c.strip().lstrip('%') for group in _CALLED.findall(rest) for c in group.split(',')]
-    if kind in _FREE or kind.endswith(('-done', '-update')):
+    called = _called(rest, bodies)
+    targets = set(_TARGET.findall(rest))
+    if kind == 'fusion':
+      targets |= {target for body in called for inner in bodies[body] for target in _TARGET.findall(inner)}
+    if 'AsyncCollectiveStart' in targets:  # then steps of it are hidden in other fusions, which hand its buffers on
+      yield from (op for body in called for op in _walk(body, bodies, times) if op.kind in COLLECTIVES)
+    opcode, estimate = kind.removesuffix('-start'), _CYCLES.search(rest)
+    if kind in _FREE or kind.endswith(('-done', '-update')) or (targets & _FREE_TARGETS and not estimate):
       continue
     if kind in ('while', 'call', 'conditional', 'async-start'):
       trips = int(found[1]) if kind == 'while' and (found := _TRIPS.search(rest)) else 1
       for body in called:
         yield from _walk(body, bodies, times * trips)
       continue
-    started = kind.endswith('-start')
     arrays = tuple((d, tuple(map(int, filter(None, s.split(','))))) for d, s in _ARRAY.findall(_untiled(results)))
-    if started and len(arrays) > 1:  # (operands, results, ...)
+    if kind != opcode and len(arrays) > 1:  # (operands, results, ...)
       arrays = arrays[1:2]
-    estimate = _CYCLES.search(rest)
     yield Operation(
-      kind=kind.removesuffix('-start'),
+      kind=opcode,
       source=found[1] if (found := _SOURCE.search(rest)) else '',
       arrays=arrays,
       times=times,
       cycles=int(estimate[1]) if estimate else None,
       matmul=_multiplies(kind, called, bodies),
-      ways=_ways(rest) if kind.removesuffix('-start') in COLLECTIVES else 1,
+      ways=_ways(rest) if opcode in COLLECTIVES else 1,
     )
 
 
@@ -164,21 +171,23 @@ def _untiled(shapes: str) -> str:
   return re.sub(r'\{[^{}]*\}', '', shapes)
 
 
+def _called(attributes: str, bodies: dict[str, list[str]]) -> list[str]:
+  """The computations that an instruction calls."""
+  names = [name.strip().lstrip('%') for group in _CALLED.findall(attributes) for name in group.split(',')]
+  return [name for name in names if name in bodies]
+
+
 def _multiplies(kind: str, called: Sequence[str], bodies: dict[str, list[str]]) -> bool:
-  if kind in ('dot', 'convolution'):
-    return True
-  lines = [line for body in called for line in bodies.get(body, [])]
-  for line in lines:
-    if found := _INSTRUCTION.match(line):
-      inner = [c.strip().lstrip('%') for group in _CALLED.findall(found[4]) for c in group.split(',')]
-      if _multiplies(found[3], inner if found[3] == 'fusion' else [], bodies):
-        return True
-  return False
+  """Whether it is a matrix product, or a fusion around one."""
+  inside = [found for body in called for line in bodies[body] if (found := _INSTRUCTION.match(line))]
+  return kind in ('dot', 'convolution') or any(
+    _multiplies(found[3], _called(found[4], bodies) if found[3] == 'fusion' else [], bodies) for found in inside
+  )
 
 
 def _ways(attributes: str) -> int:
   """How many devices take part, from any of the three ways in which XLA writes groups of devices."""
-  if found := re.search(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}', attributes):
+  if found := re.search(r'replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}', attributes):
     sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
     return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found[2]))
   if found := re.search(r'replica_groups=\[\d+,(\d+)\]<=', attributes):
@@ -186,5 +195,5 @@ def _ways(attributes: str) -> int:
   if found := re.search(r'replica_groups=\{\{([\d,]*)\}', attributes):
     return len(found[1].split(','))
   if found := re.search(r'source_target_pairs=\{(.*?)\}\}', attributes):
-    return found[1].count('{') + 1
+    return found[1].count('{')
   return 1

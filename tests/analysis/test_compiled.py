@@ -1,0 +1,123 @@
+"""What a compiled program does is read rightly from its text, written by hand here or by a real compiler."""
+
+# ruff: noqa: E501
+
+import functools
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from moe_jax.analysis.compiled import collectives, cycles, operations, uncosted_bytes
+
+TPU = textwrap.dedent("""\
+  HloModule jit_f, is_scheduled=true
+
+  %fused_product (a: bf16[8,128], b: bf16[128,64]) -> bf16[8,64] {
+    %a = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
+    %b = bf16[128,64]{1,0:T(8,128)(2,1)} parameter(1)
+    ROOT %product = bf16[8,64]{1,0:T(8,128)(2,1)} convolution(%a, %b), dim_labels=bf_io->bf
+  }
+
+  %begin (x: bf16[4,64]) -> (bf16[64,64], u32[]) {
+    %x = bf16[4,64]{1,0} parameter(0)
+    %all-gather.1 = bf16[64,64]{1,0} all-gather(%x), channel_id=7, replica_groups=mesh['axis_0'=4,'axis_1'=4], device_ids=([4,4]T(1,0)) {'axis_0','axis_1'}, dimensions={0}
+    ROOT %start = (bf16[64,64]{1,0}, u32[]{:S(2)}) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+  }
+
+  %step (x: bf16[4,64], y: bf16[8,128], z: bf16[128,64]) -> (bf16[8,64], bf16[64,64]) {
+    %x = bf16[4,64]{1,0} parameter(0)
+    %y = bf16[8,128]{1,0} parameter(1)
+    %z = bf16[128,64]{1,0} parameter(2)
+    %all-gather.2 = bf16[64,64]{1,0} all-gather(%x), channel_id=7, replica_groups=[1,16]<=[16], dimensions={0}
+    %inner = bf16[8,64]{1,0} fusion(%y, %z), kind=kOutput, calls=%fused_product
+    ROOT %both = (bf16[8,64]{1,0}, bf16[64,64]{1,0}) tuple(%inner, %all-gather.2)
+  }
+
+  %body (p: (s32[], f32[8,16])) -> (s32[], f32[8,16]) {
+    %p = (s32[], f32[8,16]{1,0}) parameter(0)
+    %g = f32[8,16]{1,0} get-tuple-element(%p), index=1
+    %exchanged = f32[8,16]{1,0:T(8,128)S(1)} all-to-all(%g), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}
+    %sum = f32[8,16]{1,0} add(%exchanged, %g), backend_config={"window_config":{"estimated_cycles":"100"}}
+    ROOT %t = (s32[], f32[8,16]{1,0}) tuple(%g, %sum)
+  }
+
+  %condition (p: (s32[], f32[8,16])) -> pred[] {
+    %p = (s32[], f32[8,16]{1,0}) parameter(0)
+    ROOT %less = pred[] constant(true)
+  }
+
+  ENTRY %main (x: bf16[4,64], y: bf16[8,128]) -> bf16[8,64] {
+    %x = bf16[4,64]{1,0} parameter(0)
+    %y = bf16[8,128]{1,0} parameter(1)
+    %loop = (s32[], f32[8,16]{1,0}) while(%x), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+    %begun = (bf16[64,64]{1,0}, u32[]{:S(2)}) fusion(%x), kind=kCustom, calls=%begin
+    %stepped = (bf16[8,64]{1,0}, bf16[64,64]{1,0}) fusion(%x, %y, %y), kind=kOutput, calls=%step, metadata={op_name="jit(f)/dot"}, backend_config={"window_config":{"estimated_cycles":"5000"}}
+    %reduced = (f32[16]{0}, bf16[32,2]{1,0}) all-reduce(%y, %x), channel_id=2, replica_groups={{0,4,8,12},{1,5,9,13}}, to_apply=%condition
+    %sent-start = (f32[5]{0}, f32[5]{0}, u32[], u32[]) collective-permute-start(%x), channel_id=3, source_target_pairs={{0,1},{1,2},{2,0}}
+    %sent = f32[5]{0} collective-permute-done(%sent-start)
+    %scattered = f32[10]{0} reduce-scatter(%x), channel_id=4, replica_groups=mesh['data'=2,'expert'=4] {'expert'}, dimensions={0}, to_apply=%condition
+    %kernel = bf16[100,10]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+      "a": 1,
+      "b": 2}}, metadata={op_name="jit(f)/pallas_call"}
+    %joined = bf16[1000,1000]{1,0} custom-call(%x, %x), custom_call_target="ConcatBitcast"
+    ROOT %sorted = s32[30]{0:T(128)S(1)} sort(%x), dimensions={0}, to_apply=%condition
+  }
+""")
+
+
+def test_collectives_are_found_once_wherever_they_hide():
+  found = [(op.kind, op.ways, op.times, op.bytes, op.wire_bytes) for op in collectives(operations(TPU))]
+  assert found == [
+    ('all-to-all', 4, 3, 8 * 16 * 4, 8 * 16 * 4 * 3 / 4),
+    ('all-gather', 16, 1, 64 * 64 * 2, 64 * 64 * 2 * 15 / 16),
+    ('all-reduce', 4, 1, 16 * 4 + 64 * 2, 2 * (16 * 4 + 64 * 2) * 3 / 4),
+    ('collective-permute', 3, 1, 20, 20),
+    ('reduce-scatter', 4, 1, 40, 40 * 3),
+  ]
+
+
+def test_cycles_and_bytes():
+  ops = operations(TPU)
+  assert cycles(ops, matmul=True) == 5000
+  assert cycles(ops, matmul=False) == 3 * 100
+  assert uncosted_bytes(ops) == 100 * 10 * 2 + 30 * 4  # the kernel and the sort
+  assert [op.source for op in ops if op.kind == 'custom-call'] == ['jit(f)/pallas_call']
+
+
+def on_eight(body, out):
+  """Compiled for 8 devices in a row, each holding float32[8, 16] of float32[64, 16]."""
+  mesh = jax.make_mesh((8,), ('x',), axis_types=(jax.sharding.AxisType.Auto,))
+  run = jax.shard_map(body, mesh=mesh, in_specs=P('x'), out_specs=out)
+  return jax.jit(run).lower(jax.ShapeDtypeStruct((64, 16), jnp.float32)).compile().as_text()
+
+
+SHARD = 8 * 16 * 4
+
+
+@pytest.mark.parametrize(
+  ('kind', 'body', 'out', 'wire_bytes'),
+  [
+    ('all-reduce', lambda x: jax.lax.psum(x, 'x'), P(), 2 * SHARD * 7 / 8),
+    ('all-gather', lambda x: jax.lax.all_gather(x, 'x'), P('x'), 8 * SHARD * 7 / 8),
+    ('reduce-scatter', lambda x: jax.lax.psum_scatter(x, 'x', tiled=True), P('x'), SHARD * 7 / 8),
+    ('all-to-all', lambda x: jax.lax.all_to_all(x, 'x', 0, 1, tiled=True), P('x'), SHARD * 7 / 8),
+    ('collective-permute', lambda x: jax.lax.ppermute(x, 'x', [(i, (i + 1) % 8) for i in range(8)]), P('x'), SHARD),
+  ],
+)
+def test_real_collectives(kind, body, out, wire_bytes):
+  (op,) = collectives(operations(on_eight(body, out)))
+  assert (op.kind, op.ways, op.times) == (kind, 8, 1)
+  np.testing.assert_allclose(op.wire_bytes, wire_bytes)
+
+
+def test_real_loops_are_unfolded():
+  def body(x):
+    turn = functools.partial(jax.lax.ppermute, axis_name='x', perm=[(i, (i + 1) % 8) for i in range(8)])
+    return jax.lax.scan(lambda x, _: (turn(x) * 2, None), x, length=5)[0]
+
+  (op,) = collectives(operations(on_eight(body, P('x'))))
+  assert (op.kind, op.times, op.wire_bytes) == ('collective-permute', 5, SHARD)
