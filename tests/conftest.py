@@ -12,6 +12,8 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 os.environ.setdefault('GRPC_VERBOSITY', 'ERROR')
 os.environ.setdefault('NO_GCE_CHECK', 'true')  # TensorFlow Datasets looks for a cloud machine, and waits for it
 os.environ.setdefault('MPLBACKEND', 'agg')
+os.environ.setdefault('TPU_SKIP_MDS_QUERY', 'true')  # the TPU compiler, where it is installed, looks for one too
+os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', 'true')
 
 import hypothesis
 import jax
@@ -73,3 +75,18 @@ def mesh() -> Callable[..., jax.sharding.Mesh]:
     return sharding.make_mesh(shape, jax.devices()[: data * expert * model])
 
   return make
+
+
+@pytest.fixture
+def tpu() -> Iterator[Callable[..., jax.sharding.Mesh]]:
+  """`tpu('v5e:16x16', data=4, expert=64)` is a mesh to compile for, with all optimizations; without libtpu, skips."""
+  pytest.importorskip('libtpu', reason='needs the TPU compiler: pip install "jax[tpu]"')
+  from jax.experimental import topologies
+
+  def make(topology: str, data: int = 1, expert: int = 1, model: int = 1) -> jax.sharding.Mesh:
+    shape = {'data': data, 'expert': expert, 'model': model}
+    return sharding.make_mesh(shape, topologies.get_topology_desc(platform='tpu', topology_name=topology).devices)
+
+  jax.config.update('jax_disable_most_optimizations', False)
+  yield make
+  jax.config.update('jax_disable_most_optimizations', True)

@@ -72,8 +72,11 @@ def _per_block(rows: Array, matrices: Array, blocks: Array, block: int, transpos
       out[...] = jnp.zeros_like(out)
 
   def kernel(rows: Array, matrices: Array, blocks: Array) -> Array:
-    expert, used = _experts_of_blocks(blocks, len(rows) // block)
-    tile = _tile(columns, 2**21 // depth)
+    row_bytes = depth * rows.dtype.itemsize
+    high, tile = block, _tile(columns, _MEGABYTE * 2 // row_bytes)
+    while high * row_bytes > 2 * _MEGABYTE:
+      high //= 2
+    expert, used = _experts_of_blocks(blocks * (block // high), len(rows) // high)
     part = (None, tile, depth) if transposed else (None, depth, tile)
     return pl.pallas_call(
       step,
@@ -82,10 +85,10 @@ def _per_block(rows: Array, matrices: Array, blocks: Array, block: int, transpos
         num_scalar_prefetch=2,
         grid=(columns // tile, len(expert)),
         in_specs=[
-          pl.BlockSpec((block, depth), lambda j, i, e, _: (i, 0)),
+          pl.BlockSpec((high, depth), lambda j, i, e, _: (i, 0)),
           pl.BlockSpec(part, lambda j, i, e, _: (e[i], j, 0) if transposed else (e[i], 0, j)),
         ],
-        out_specs=pl.BlockSpec((block, tile), lambda j, i, e, _: (i, j)),
+        out_specs=pl.BlockSpec((high, tile), lambda j, i, e, _: (i, j)),
       ),
       interpret=INTERPRET,
     )(expert, used[None], rows, matrices)
@@ -149,6 +152,7 @@ def _per_expert(rows: Array, gradient: Array, blocks: Array, block: int, dtype: 
   return _by_platform(kernel, loop, rows, gradient, blocks)
 
 
+_MEGABYTE = 2**20  # TPUs have 16 of fast memory for a kernel; what is streamed takes its size twice
 INTERPRET = False  # tests run the kernels on a CPU
 
 
