@@ -39,6 +39,11 @@ class RoutingPlan:
     return self.slot_index < self.capacity
 
   @property
+  def groups(self) -> int:
+    """G."""
+    return len(self.slot_index)
+
+  @property
   def slots(self) -> int:
     """E * C, the slots of a group."""
     return self.num_experts * self.capacity
@@ -47,6 +52,18 @@ class RoutingPlan:
   def slots_per_choice(self) -> float:
     """Above 1 some slots must stay empty."""
     return self.slots / (self.slot_index.shape[1] * self.slot_index.shape[2])
+
+  def merged(self) -> 'RoutingPlan':
+    """The same as of one group, [1, G S, K]: in its buffers those of the groups stand side by side, G C slots each."""
+    groups, _, choices = self.expert_index.shape
+    place = self.slot_index + self.capacity * jnp.arange(groups, dtype=jnp.int32)[:, None, None]
+    return RoutingPlan(
+      self.expert_index.reshape(1, -1, choices),
+      jnp.where(self.kept, place, groups * self.capacity).reshape(1, -1, choices),
+      self.combine_weight.reshape(1, -1, choices),
+      self.num_experts,
+      groups * self.capacity,
+    )
 
   def choices(self) -> 'RoutingPlan':
     """The plan itself, for a dispatcher that carries choices one by one."""
@@ -61,7 +78,7 @@ class RoutingPlan:
     return self._placed(self.combine_weight, dtype)
 
   def fill(self, tokens: Array) -> Array:
-    """The buffers of all experts, by gathers: float[G, S, M] -> float[G, E, C, M], 0 where a slot is empty."""
+    """The buffers of all experts, by gathers: float[G, S, M] -> float[G, E, C, M]; an empty slot holds some token."""
     slots = fill(tokens, self._map)
     return slots.reshape(len(slots), self.num_experts, self.capacity, -1)
 
@@ -143,6 +160,11 @@ class SoftRoutingPlan:
   combine: Array
 
   @property
+  def groups(self) -> int:
+    """G."""
+    return len(self.dispatch)
+
+  @property
   def slots(self) -> int:
     """As `RoutingPlan.slots`."""
     return self.dispatch.shape[2] * self.dispatch.shape[3]
@@ -151,6 +173,10 @@ class SoftRoutingPlan:
   def slots_per_choice(self) -> float:
     """Every slot is full."""
     return 1.0
+
+  def merged(self) -> 'SoftRoutingPlan':
+    """The plan itself: its groups cannot be."""
+    return self
 
   def choices(self) -> RoutingPlan:
     """There are none.
@@ -181,9 +207,12 @@ class Plan(Protocol):
   """What dispatchers need of a plan: to fill buffers and to read them, either way as it likes or by one-hot arrays."""
 
   @property
+  def groups(self) -> int: ...
+  @property
   def slots(self) -> int: ...
   @property
   def slots_per_choice(self) -> float: ...
+  def merged(self) -> 'Plan': ...
   def choices(self) -> RoutingPlan: ...
   def dispatch_array(self, dtype: Dtype) -> Array: ...
   def combine_array(self, dtype: Dtype) -> Array: ...

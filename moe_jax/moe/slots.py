@@ -14,7 +14,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_jax.sharding import is_local
 from moe_jax.types import Array
 
 
@@ -112,15 +111,11 @@ def _weighed(rows: Array, weights: Array, where: SlotMap) -> Array:
 
 def _rows(x: Array, index: Array) -> Array:
   """x[g, index[g, n]]: float[G, N, M], int32[G, n] -> float[G, n, M]."""
-  groups, size, width = x.shape
 
   def get(x: Array, index: Array) -> Array:
     return x.at[index].get(mode='promise_in_bounds')
 
-  if not is_local():  # as one gather, XLA would not see that groups stay where they are
-    return jax.vmap(get)(x, index)
-  index += size * jnp.arange(groups, dtype=index.dtype)[:, None]
-  return get(x.reshape(-1, width), index.reshape(-1)).reshape(*index.shape, width)
+  return get(x[0], index[0])[None] if len(x) == 1 else jax.vmap(get)(x, index)
 
 
 def _seat(values: Array, where: SlotMap) -> Array:

@@ -15,10 +15,12 @@ def all_to_all(experts: ExpertBank, tokens: Array, plan: Plan) -> tuple[Array, J
   """See `Dispatcher`."""
 
   def journey(device: Device, weights: Weights, tokens: Array, plan: Plan) -> tuple[Array, Metrics]:
-    slots = device.exchange(plan.fill(tokens), split_axis=1, concat_axis=0)  # [g, E, C, M] -> [g * n, E / n, C, M]
+    shape, plan = tokens.shape, plan.merged()  # groups of a device share a journey
+    slots = plan.fill(tokens.reshape(plan.groups, -1, shape[-1]))
+    slots = device.exchange(slots, split_axis=1, concat_axis=0)  # [g, E, C, M] -> [g * n, E / n, C, M]
     slots = device.share_rows(experts.apply(weights, device.whole_rows(slots)))
     slots = device.exchange(slots, split_axis=0, concat_axis=1)
-    return plan.read(slots), {}
+    return plan.read(slots).reshape(shape), {}
 
   y, _ = by_device(journey, experts, tokens, plan)
   return y, full_buffers(tokens, plan)
