@@ -1,6 +1,7 @@
 """Every gin file is good for something."""
 
 import pathlib
+import re
 import warnings
 
 import gin
@@ -11,9 +12,8 @@ import run
 ROOT = pathlib.Path(__file__).parents[1]
 FOLDER = ROOT / 'gin'
 EXPERIMENTS = sorted(FOLDER.glob('experiments/*.gin'))
-CHOICES = sorted(
-  path for kind in ('routers', 'dispatchers', 'meshes', 'optimizers') for path in FOLDER.glob(f'{kind}/*.gin')
-)
+KINDS = 'routers', 'experts', 'dispatchers', 'meshes', 'optimizers'
+CHOICES = sorted(path for kind in KINDS for path in FOLDER.glob(f'{kind}/*.gin'))
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +33,27 @@ def test_experiments_build_and_trace(experiment):
 def test_every_choice_goes_with_the_quickstart(choice):
   files = [f'--gin_file={FOLDER}/experiments/quickstart.gin', f'--gin_file={choice}']
   assert run.main(['--debug', '--dry_run', *files]) == 0
+
+
+def parameters(capsys, *flags):
+  """What a dry run says that there are: in all, and active per token."""
+  gin.clear_config()
+  assert run.main(['--debug', '--dry_run', *flags]) == 0
+  found = re.search(r'([\d,]+) parameters, ([\d,]+) active', capsys.readouterr().out)
+  return [int(number.replace(',', '')) for number in found.groups()]
+
+
+def test_kinds_of_experts_have_the_parameters_they_should(capsys):
+  """The quickstart has 2 sparse layers of 8 experts, 128 to 512 to 128, 2 of them active."""
+  quickstart = '--gin_file=gin/experiments/quickstart.gin'
+  total, active = parameters(capsys, quickstart)
+  expert, gated, router = 2 * 128 * 512, 3 * 128 * 512, 128 * 8
+  shared = parameters(capsys, quickstart, '--gin_file=gin/experts/shared.gin')
+  assert shared == [total + 2 * gated, active + 2 * gated]
+  fine = parameters(capsys, quickstart, '--gin_file=gin/experts/fine_grained.gin')
+  assert fine == [total + 2 * 3 * router, active + 2 * 3 * router]
+  pyramid = parameters(capsys, '--gin_file=gin/experiments/pyramid.gin')
+  assert pyramid == [total + 8 * expert + router, active + router]
 
 
 def test_an_encoder_has_a_router_of_its_own_where_a_file_gives_one():

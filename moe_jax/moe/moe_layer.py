@@ -63,6 +63,9 @@ def rows_per_group(batch: int, length: int, group_size: int, decoding: bool) -> 
   return rows
 
 
+SublayerFactory = Callable[..., nn.Module]
+
+
 class MoELayer(nn.Module):
   """A sparse feed-forward sublayer: float[B, L, M] -> float[B, L, M].
 
@@ -73,6 +76,9 @@ class MoELayer(nn.Module):
     router: makes the router, given the number of experts.
     experts: makes the experts, given their number and width.
     dispatcher: carries the tokens.
+    shared: makes a sublayer that every token passes besides its experts, and whose output is added: shared experts
+      (DeepSeekMoE, Dai et al. 2024), which are one MLP as wide as all of them; the residual branch of PR-MoE
+      (Rajbhandari et al. 2022).
   """
 
   num_experts: int
@@ -80,6 +86,7 @@ class MoELayer(nn.Module):
   router: Callable[..., Router] = TopKRouter
   experts: Callable[..., Experts] = Experts
   dispatcher: Dispatcher = einsum
+  shared: SublayerFactory | None = None
 
   @nn.compact
   def __call__(self, x: Array, context: Context) -> tuple[Array, Aux]:
@@ -125,7 +132,8 @@ class MoELayer(nn.Module):
     metrics = aux.metrics
     if journey.overflow is not None:
       metrics = {**metrics, 'overflow': journey.overflow / jnp.maximum(context.token_count, 1)}
+    y = sharding.constrain(y.reshape(batch, length, width), 'batch', None, None)
+    if self.shared:
+      y += self.shared(name='shared')(x, context)[0]
     terms = {name: term.reshape(batch, length) for name, term in aux.token_terms.items()}
-    return sharding.constrain(y.reshape(batch, length, width), 'batch', None, None), dataclasses.replace(
-      aux, metrics=metrics, token_terms=terms
-    )
+    return y, dataclasses.replace(aux, metrics=metrics, token_terms=terms)

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from moe_jax import sharding
 from moe_jax.layers.context import Context
 from moe_jax.layers.mlp import Mlp
+from moe_jax.moe.dispatchers.all_to_all import all_to_all
+from moe_jax.moe.dispatchers.einsum import einsum
 from moe_jax.moe.experts import Experts
 from moe_jax.moe.moe_layer import MoELayer, rows_per_group
 from moe_jax.moe.routers.hashing import RandomRouter, RoundRobinRouter
@@ -233,3 +235,37 @@ def test_groups_never_cross_devices(mesh):
       rows_per_group(8, L, 4 * L, decoding=False)
     with pytest.raises(ConfigError, match=r'BATCH_SIZE=6 .* use a multiple of 4'):
       rows_per_group(6, L, L, decoding=False)
+
+
+def test_a_shared_expert_sees_every_token():
+  """Padding too, as any dense sublayer; what it says is added."""
+  plain, params = layer(), weights()
+  shared = plain.clone(shared=functools.partial(Mlp, hidden_dim=5))
+  rng = np.random.default_rng(2)
+  mlp = {
+    name: rng.normal(size=shape).astype('float32')
+    for name, shape in [('wi_0', (M, 5)), ('wi_1', (M, 5)), ('wo', (5, M))]
+  }
+  y, aux = apply(shared, {**params, 'shared': mlp}, X, context())
+  routed, its = apply(plain, params, X, context())
+  np.testing.assert_allclose(y - routed, (gelu(X @ mlp['wi_0']) * (X @ mlp['wi_1'])) @ mlp['wo'], rtol=1e-4, atol=1e-4)
+  assert aux.metrics.keys() == its.metrics.keys()
+
+
+@pytest.mark.parametrize('gradient_dtype', [None, 'float32'])
+@pytest.mark.parametrize('dispatcher', [einsum, all_to_all])
+def test_gradients_are_summed_in_the_dtype_asked_for(dispatcher, gradient_dtype, mesh):
+  """Over the slots of a device and over devices; the weights' own gradients are float32 either way."""
+  experts = functools.partial(Experts, hidden_dim=F, dtype='bfloat16', gradient_dtype=gradient_dtype)
+  module = MoELayer(E, L, functools.partial(TopKRouter, eval_capacity_factor=None), experts, dispatcher)
+
+  def loss(params, x):
+    return jnp.sum(module.apply({'params': params}, x, context())[0].astype('float32') ** 2)
+
+  with sharding.activate(mesh(data=4), sharding.replicated_rules()):
+    gradient = jax.jit(jax.grad(loss))
+    grads = gradient(weights(), jnp.asarray(X, 'bfloat16'))
+  assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype('float32')}
+  # Whether products are rounded before they are summed over devices shows in what their last bits are.
+  rounded = [bool(np.all(leaf == leaf.astype('bfloat16'))) for leaf in jax.tree.leaves(grads['experts'])]
+  assert rounded == [gradient_dtype is None] * 3
