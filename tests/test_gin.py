@@ -52,6 +52,10 @@ def test_kinds_of_experts_have_the_parameters_they_should(capsys):
   assert shared == [total + 2 * gated, active + 2 * gated]
   fine = parameters(capsys, quickstart, '--gin_file=gin/experts/fine_grained.gin')
   assert fine == [total + 2 * 3 * router, active + 2 * 3 * router]
+  linear = parameters(capsys, quickstart, '--gin_file=gin/experts/linear.gin')
+  assert linear == [total + 2 * 8 * (128 * 128 - expert), active + 2 * 2 * (128 * 128 - expert)]
+  attention = parameters(capsys, quickstart, '--gin_file=gin/experts/attention.gin')  # 4 layers, 3 projections
+  assert attention == [total + 12 * (7 * 128 * 128 + router), active + 12 * (128 * 128 + router)]
   pyramid = parameters(capsys, '--gin_file=gin/experiments/pyramid.gin')
   assert pyramid == [total + 8 * expert + router, active + router]
 

@@ -3,17 +3,18 @@
 Letters: B batch, L length, M width, H heads, K key-value heads, D head width, N cache slots.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import FrozenDict
 
 from moe_jax import sharding
 from moe_jax.layers.context import Context
 from moe_jax.layers.initializers import fan_in
 from moe_jax.layers.positions import relative_bias, rotate
-from moe_jax.types import Array, Aux, ConfigError, Dtype, Initializer
+from moe_jax.types import Array, Aux, ConfigError, Dtype, Initializer, nest
 
 
 def segment_mask(query_segments: Array, key_segments: Array) -> Array:
@@ -65,16 +66,32 @@ class SelfAttention(_Attention):
   Attributes:
     rotary_base: rotary positions with this base; None for none.
     relative_table: makes this layer's own relative position table; a table in the context is used where this is None.
+    experts: which of query, key and value are expert layers, and what makes them (Switch, appendix A).
   """
 
   rotary_base: float | None = None
   relative_table: Callable[..., nn.Module] | None = None
+  experts: Mapping[str, Callable[..., nn.Module]] = FrozenDict()
 
   @nn.compact
   def __call__(self, x: Array, context: Context) -> tuple[Array, Aux]:
+    reports: dict[str, Aux] = {}
+
+    def project(name: str, heads: int) -> Array:
+      if name not in self.experts:
+        return self.project(name, x, heads)
+      if heads * self.head_dim != x.shape[-1]:
+        raise ConfigError(
+          f'Experts as the {name} projection need NUM_HEADS * HEAD_DIM = EMBED_DIM, and'
+          f' {heads} * {self.head_dim} is not {x.shape[-1]}.'
+        )
+      y, reports[name] = self.experts[name](name=f'{name}_experts')(x, context)
+      return sharding.constrain(y.reshape(*x.shape[:2], heads, -1), 'batch', None, 'heads', None)
+
+    if unknown := sorted(set(self.experts) - {'query', 'key', 'value'}):
+      raise ConfigError(f'{unknown[0]!r} is no projection of attention that experts can be: query, key, value are.')
     kv_heads = self.num_kv_heads or self.num_heads
-    query = self.project('query', x, self.num_heads)
-    key, value = self.project('key', x, kv_heads), self.project('value', x, kv_heads)
+    query, key, value = project('query', self.num_heads), project('key', kv_heads), project('value', kv_heads)
     if self.rotary_base:
       query = rotate(query, context.positions, self.rotary_base)
       key = rotate(key, context.positions, self.rotary_base)
@@ -88,7 +105,7 @@ class SelfAttention(_Attention):
       mask &= (key_index[None, :] <= query_index[:, None])[None, None]
     table = self.relative_table(name='relative')() if self.relative_table else context.relative_table
     bias = None if table is None else relative_bias(table, query_index, key_index, bidirectional=not context.causal)
-    return self.attend(query, key, value, mask, bias, x.shape[-1]), Aux()
+    return self.attend(query, key, value, mask, bias, x.shape[-1]), nest(**reports)
 
   def _extend_cache(self, key: Array, value: Array, context: Context) -> tuple[Array, Array, Array, Array]:
     """Writes keys and values behind the old; the first call makes the cache. Returns it whole, and where it began."""

@@ -3,17 +3,19 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from moe_jax import sharding
 from moe_jax.layers.initializers import fan_in
 from moe_jax.layers.mlp import apply_activations
 from moe_jax.moe.grouped_matmul import grouped_matmul
-from moe_jax.types import Array, Dtype, Initializer
+from moe_jax.types import Array, ConfigError, Dtype, Initializer
 
 Weights = dict[str, Array]
 Axes = tuple[int, ...]
@@ -134,7 +136,7 @@ def _groups_first(x: Array) -> Array:
 
 
 class Experts(nn.Module):
-  """Feed-forward experts, each with its own weights: () -> ExpertBank.
+  """Feed-forward experts, each with its own weights: (train) -> ExpertBank.
 
   Attributes:
     num_experts: E.
@@ -144,6 +146,8 @@ class Experts(nn.Module):
     dtype: of activations.
     gradient_dtype: in which the weights' gradients are summed over slots and devices, and the weights gathered where
       they are split (FSDP). None is that of activations: in bfloat16 half the traffic of float32.
+    dropout_rate: of hidden activations in training (expert dropout, Switch section 2.4, ST-MoE). A unit is dropped for
+      all tokens of a step that its expert sees, so that every mesh and every dispatcher draws the same.
   """
 
   num_experts: int
@@ -153,9 +157,10 @@ class Experts(nn.Module):
   kernel_init: Callable[..., Initializer] = fan_in
   dtype: Dtype = 'float32'
   gradient_dtype: Dtype | None = None
+  dropout_rate: float = 0.0
 
   @nn.compact
-  def __call__(self) -> ExpertBank:
+  def __call__(self, train: bool = False) -> ExpertBank:
     wi, wo = (self.num_experts, self.features, self.hidden_dim), (self.num_experts, self.hidden_dim, self.features)
     shapes = {f'wi_{i}': wi for i in range(len(self.activations))} | {'wo': wo}
     axes: dict[str, tuple[str | None, ...]] = {name: ('expert', 'embed', 'expert_mlp') for name in shapes}
@@ -165,6 +170,9 @@ class Experts(nn.Module):
       name: self.param(name, sharding.partitioned(init, *axes[name]), shape).astype(self.gradient_dtype or self.dtype)
       for name, shape in shapes.items()
     }
+    # Hidden units meet the rest of the model through the rows of wo: without them they are dropped.
+    dropout = nn.Dropout(self.dropout_rate, broadcast_dims=(2,), deterministic=not train)
+    weights['wo'] = dropout(weights['wo'])
     activations = tuple(self.activations)
     return ExpertBank(
       apply=functools.partial(expert_mlp, activations=activations),
@@ -172,3 +180,61 @@ class Experts(nn.Module):
       axes=axes,
       grouped=functools.partial(grouped_expert_mlp, activations=activations),
     )
+
+
+class ModuleExperts(nn.Module):
+  """Experts that are any token-wise module, each with its own weights: (train) -> ExpertBank.
+
+  They run on full buffers, whole along the mesh axis `model`.
+
+  Attributes:
+    num_experts: E.
+    features: M.
+    expert: makes the module, float[..., M] -> float[..., M], without randomness; such as `nn.Dense`.
+    dtype: in which its weights are handed to it.
+
+  Raises:
+    ConfigError: if the module gives another width than M.
+  """
+
+  num_experts: int
+  features: int
+  expert: Callable[..., nn.Module]
+  dtype: Dtype = 'float32'
+
+  @nn.compact
+  def __call__(self, train: bool = False) -> ExpertBank:
+    del train
+    expert = self.expert(parent=None)
+    row = jnp.zeros((1, self.features), self.dtype)
+
+    def init(key: Array) -> Any:
+      stacked = jax.vmap(lambda key: expert.init(key, row)['params'])(jax.random.split(key, self.num_experts))
+      return jax.tree.map(_expert_first, stacked, is_leaf=_is_box)
+
+    params = self.param('each', init)
+    run = lambda params, rows: expert.apply({'params': params}, rows)  # noqa: E731
+    if (shape := jax.eval_shape(run, jax.tree.map(lambda x: x[0], params), row).shape) != row.shape:
+      raise ConfigError(
+        f'{type(expert).__name__} as an expert turns {self.features} features into {shape[-1]}:'
+        ' an expert gives as many as it takes.'
+      )
+    weights = {name: x.astype(self.dtype) for name, x in flatten_dict(params, sep='/').items()}
+
+    def apply(weights: Weights, slots: Array) -> Array:
+      rows: Any = slots.swapaxes(0, 1).reshape(slots.shape[1], -1, slots.shape[3])
+      rows = jax.vmap(run)(unflatten_dict(weights, sep='/'), rows)
+      return rows.reshape(slots.shape[1], slots.shape[0], *slots.shape[2:]).swapaxes(0, 1).astype(slots.dtype)
+
+    boxes = flatten_dict(jax.eval_shape(init, jax.random.key(0)), sep='/')
+    return ExpertBank(apply, weights, {name: box.names for name, box in boxes.items()})
+
+
+def _is_box(x: Any) -> bool:
+  return isinstance(x, nn.meta.AxisMetadata)
+
+
+def _expert_first(x: Any) -> Any:
+  """Says that a stacked weight has the experts first; of its own axes only 'embed' may be split (FSDP)."""
+  value, names = (x.value, x.names) if _is_box(x) else (x, (None,) * (x.ndim - 1))
+  return nn.LogicallyPartitioned(value, ('expert', *(name if name == 'embed' else None for name in names)))

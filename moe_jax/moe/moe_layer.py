@@ -74,7 +74,7 @@ class MoELayer(nn.Module):
     group_size: S, tokens that are routed together and compete for capacity. A divisor of the sequence length, or a
       multiple of it that fits one device. Larger groups drop fewer tokens; one-hot dispatch costs grow with them.
     router: makes the router, given the number of experts.
-    experts: makes the experts, given their number and width.
+    experts: makes the experts, given their number and width: `Experts`, or any module that answers with an ExpertBank.
     dispatcher: carries the tokens.
     shared: makes a sublayer that every token passes besides its experts, and whose output is added: shared experts
       (DeepSeekMoE, Dai et al. 2024), which are one MLP as wide as all of them; the residual branch of PR-MoE
@@ -84,7 +84,7 @@ class MoELayer(nn.Module):
   num_experts: int
   group_size: int
   router: Callable[..., Router] = TopKRouter
-  experts: Callable[..., Experts] = Experts
+  experts: Callable[..., nn.Module] = Experts
   dispatcher: Dispatcher = einsum
   shared: SublayerFactory | None = None
 
@@ -100,7 +100,9 @@ class MoELayer(nn.Module):
     size = self.group_size if rows is None else rows * length
 
     def group(values: Array) -> Array:  # [B, L, ...] -> [G, S, ...]
-      return sharding.constrain(values.reshape(-1, size, *values.shape[2:]), 'batch', *(None,) * (values.ndim - 1))
+      return sharding.constrain(
+        jnp.reshape(values, (-1, size, *values.shape[2:])), 'batch', *(None,) * (values.ndim - 1)
+      )
 
     segment_ids = group(context.segment_ids)
     routing_context = RoutingContext(
@@ -122,7 +124,7 @@ class MoELayer(nn.Module):
         raise ConfigError(advice)
       warnings.warn(advice, stacklevel=2)
     plan, aux = router(tokens, routing_context)
-    bank = self.experts(num_experts=self.num_experts, features=width, name='experts')()
+    bank = self.experts(num_experts=self.num_experts, features=width, name='experts')(context.train)
     y, journey = self.dispatcher(bank, tokens, plan)
     mebibytes = journey.rows * width * y.dtype.itemsize / 2**20
     notice(

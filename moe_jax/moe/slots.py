@@ -113,7 +113,7 @@ def _rows(x: Array, index: Array) -> Array:
   """x[g, index[g, n]]: float[G, N, M], int32[G, n] -> float[G, n, M]."""
 
   def get(x: Array, index: Array) -> Array:
-    return x.at[index].get(mode='promise_in_bounds')
+    return jnp.asarray(x).at[index].get(mode='promise_in_bounds')
 
   return get(x[0], index[0])[None] if len(x) == 1 else jax.vmap(get)(x, index)
 

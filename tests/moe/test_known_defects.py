@@ -16,6 +16,7 @@ from moe_jax.batch import split_microbatches
 from moe_jax.layers.context import Context
 from moe_jax.models.stack import Stack
 from moe_jax.moe import router_losses
+from moe_jax.moe.dispatchers.base import Journey
 from moe_jax.moe.experts import Experts
 from moe_jax.moe.moe_layer import MoELayer, rows_per_group
 from moe_jax.moe.routers import bias_balanced
@@ -85,7 +86,7 @@ def without_chance(monkeypatch):
 
 def pass_by(bank, tokens, plan):
   """Experts that return their tokens hide the router from the task: all of its gradient is the auxiliary loss's."""
-  return tokens
+  return tokens, Journey(rows=0)
 
 
 @pytest.mark.parametrize('router', [make(TopKRouter, z_loss_weight=1e-3), ReinforceRouter])
@@ -359,7 +360,7 @@ def check_layers(balance):
 def test_layers_do_not_balance_each_other():
   def ours(kernels, x):
     router = make(TopKRouter, num_selected=1, gates='raw', balance_loss_weight=1.0)
-    experts_of_nothing = make(Experts, hidden_dim=4), lambda bank, tokens, plan: jnp.zeros_like(tokens)
+    experts_of_nothing = make(Experts, hidden_dim=4), lambda bank, tokens, plan: (jnp.zeros_like(tokens), Journey(0))
     stack = Stack({'moe': make(MoELayer, 2, L, router, *experts_of_nothing)}, repeats=2, remat='none')
     context = Context(jnp.ones((B, L)), jnp.ones((B, L)), jnp.float32(B * L), train=True)
     params, _ = filled(jax.eval_shape(stack.init, KEY, x, context))

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from moe_jax.moe.experts import ExpertBank, Weights
 from moe_jax.moe.routing_plan import Plan
@@ -76,6 +76,8 @@ def by_device(journey: LocalJourney, experts: ExpertBank, tokens: Array, plan: P
   if mesh.empty:
     return journey(Device(), experts.weights, tokens, plan)
   (expert_axis,), (hidden_axis,) = spec('expert'), spec('expert_mlp')
+  if not any('expert_mlp' in names for names in experts.axes.values()):
+    hidden_axis = None  # these experts have no hidden widths to split: every device along that axis does the same
   expert_ways, hidden_ways = (mesh.shape[axis] if axis else 1 for axis in (expert_axis, hidden_axis))
   # Devices that share the hidden widths of the same experts could all fetch the same rows whole, and sum partial
   # answers at home. Where rows go far it is better for each to carry a part of every row: on a ring of n devices an
@@ -87,10 +89,13 @@ def by_device(journey: LocalJourney, experts: ExpertBank, tokens: Array, plan: P
     )
   device = Device(expert_axis, hidden_axis, expert_ways, split_rows)
   weight_specs = {name: spec(*names) for name, names in experts.axes.items()}
+  differing = (*axes_of(spec('batch')[0]), *axes_of(hidden_axis))
   by_group, by_row = spec('batch'), PartitionSpec(*spec('batch', None), hidden_axis if split_rows else None)
 
   def local(weights: Weights, tokens: Array, plan: Plan) -> tuple[Array, Metrics]:
-    weights = {name: _whole(weights[name], names, weight_specs[name], mesh) for name, names in experts.axes.items()}
+    weights = {
+      name: _whole(weights[name], names, weight_specs[name], differing) for name, names in experts.axes.items()
+    }
     if hidden_axis:  # so that gradients, partial sums over hidden shards, are completed where they are smallest too
       tokens = tokens if split_rows else jax.lax.pcast(tokens, hidden_axis, to='varying')
       plan = jax.tree.map(lambda x: jax.lax.pcast(x, hidden_axis, to='varying') if x.dtype.kind == 'f' else x, plan)
@@ -105,13 +110,14 @@ def by_device(journey: LocalJourney, experts: ExpertBank, tokens: Array, plan: P
   )(experts.weights, tokens, plan)
 
 
-def _whole(weight: Array, names: tuple[str | None, ...], where: PartitionSpec, mesh: AbstractMesh) -> Array:
+def _whole(weight: Array, names: tuple[str | None, ...], where: PartitionSpec, differing: tuple[str, ...]) -> Array:
   """A device's experts whole: gathered where they are split for memory alone (FSDP), and their gradients scattered.
 
-  Over mesh axes along which the weight is the same everywhere its gradient is summed. Both in the weight's dtype.
+  Over mesh axes along which the devices differ in what they do, and not in the weight, its gradient is summed. Both in
+  the weight's dtype.
   """
   for axis, (name, entry) in enumerate(zip(names, where, strict=True)):
     if entry and name not in ('expert', 'expert_mlp'):
       weight = jax.lax.all_gather(weight, entry, axis=axis, tiled=True)
   split = [axis for entry in where for axis in axes_of(entry)]
-  return jax.lax.pcast(weight, tuple(axis for axis in mesh.axis_names if axis not in split), to='varying')
+  return jax.lax.pcast(weight, tuple(axis for axis in differing if axis not in split), to='varying')
