@@ -53,6 +53,11 @@ def pytest_configure(config: pytest.Config) -> None:
     shutil.rmtree(_CACHE, ignore_errors=True)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  """The longest tests first, so that no worker is left alone with them at the end."""
+  items.sort(key=lambda item: item.path.name not in ('test_run.py', 'test_two_processes.py'))
+
+
 @pytest.fixture
 def getkey(request: pytest.FixtureRequest) -> Callable[[], jax.Array]:
   """`getkey()` is a fresh random key at each call; a test sees the same ones in every run."""
