@@ -52,6 +52,8 @@ def test_kinds_of_experts_have_the_parameters_they_should(capsys):
   assert shared == [total + 2 * gated, active + 2 * gated]
   fine = parameters(capsys, quickstart, '--gin_file=gin/experts/fine_grained.gin')
   assert fine == [total + 2 * 3 * router, active + 2 * 3 * router]
+  extra = parameters(capsys, quickstart, '--gin_file=gin/experts/extra_mlp.gin')  # and its norm's scale
+  assert extra == [total + 2 * (3 * 128 * 384 + 128), active + 2 * (3 * 128 * 384 + 128)]
   linear = parameters(capsys, quickstart, '--gin_file=gin/experts/linear.gin')
   assert linear == [total + 2 * 8 * (128 * 128 - expert), active + 2 * 2 * (128 * 128 - expert)]
   attention = parameters(capsys, quickstart, '--gin_file=gin/experts/attention.gin')  # 4 layers, 3 projections

@@ -98,6 +98,7 @@ def interleaved_stack(
   num_layers: int,
   expert_every: int,
   expert_first: bool = False,
+  after_moe: Mapping[str, SublayerFactory] | None = None,
   stack: Callable[..., Stack] = Stack,
   name: str | None = None,
 ) -> Stack:
@@ -110,6 +111,7 @@ def interleaved_stack(
     num_layers: layers in all; a multiple of `expert_every`.
     expert_every: 1 makes every layer sparse, 2 every other, 0 none: the dense twin.
     expert_first: the sparse layer opens each run of layers (GShard, GLaM) instead of closing it (Switch, ST-MoE).
+    after_moe: sublayers that follow each sparse one, by name, such as ST-MoE's extra MLP.
     stack: makes the stack from its pattern and repeats.
     name: of the stack.
 
@@ -129,5 +131,5 @@ def interleaved_stack(
   for layer in range(period):
     suffix = f'_{layer}' if period > 1 else ''
     pattern |= {mixer + suffix: factory for mixer, factory in mixers.items()}
-    pattern |= {'moe': moe} if layer == sparse else {'mlp' + suffix: mlp}
+    pattern |= {'moe': moe, **(after_moe or {})} if layer == sparse else {'mlp' + suffix: mlp}
   return stack(pattern=pattern, repeats=num_layers // period, name=name)
