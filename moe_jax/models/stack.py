@@ -116,9 +116,11 @@ def interleaved_stack(
     name: of the stack.
 
   Raises:
-    ConfigError: if the layers do not divide into runs.
+    ConfigError: if the layers do not divide into runs, or a name in `after_moe` is taken.
   """
-  period = expert_every or 1
+  period, after_moe = expert_every or 1, after_moe or {}
+  if taken := sorted({*mixers, 'mlp', 'moe'} & set(after_moe)):
+    raise ConfigError(f'after_moe has a sublayer {taken[0]!r}, and there is one already: use another name.')
   if num_layers < 1:
     raise ConfigError(f'NUM_LAYERS={num_layers}: at least one.')
   if expert_every < 0 or num_layers % period:
@@ -131,5 +133,5 @@ def interleaved_stack(
   for layer in range(period):
     suffix = f'_{layer}' if period > 1 else ''
     pattern |= {mixer + suffix: factory for mixer, factory in mixers.items()}
-    pattern |= {'moe': moe, **(after_moe or {})} if layer == sparse else {'mlp' + suffix: mlp}
+    pattern |= {'moe': moe, **after_moe} if layer == sparse else {'mlp' + suffix: mlp}
   return stack(pattern=pattern, repeats=num_layers // period, name=name)

@@ -190,7 +190,8 @@ class ModuleExperts(nn.Module):
   Attributes:
     num_experts: E.
     features: M.
-    expert: makes the module, float[..., M] -> float[..., M], without randomness; such as `nn.Dense`.
+    expert: makes the module, float[..., M] -> float[..., M], of parameters alone: no randomness, no state.
+      Such as `nn.Dense`.
     dtype: in which its weights are handed to it.
 
   Raises:
@@ -212,8 +213,10 @@ class ModuleExperts(nn.Module):
       stacked = jax.vmap(lambda key: expert.init(key, row)['params'])(jax.random.split(key, self.num_experts))
       return jax.tree.map(_expert_first, stacked, is_leaf=_is_box)
 
+    def run(params: Any, rows: Array) -> Array:
+      return expert.apply({'params': params}, rows)  # type: ignore[return-value]
+
     params = self.param('each', init)
-    run = lambda params, rows: expert.apply({'params': params}, rows)  # noqa: E731
     if (shape := jax.eval_shape(run, jax.tree.map(lambda x: x[0], params), row).shape) != row.shape:
       raise ConfigError(
         f'{type(expert).__name__} as an expert turns {self.features} features into {shape[-1]}:'
@@ -222,7 +225,7 @@ class ModuleExperts(nn.Module):
     weights = {name: x.astype(self.dtype) for name, x in flatten_dict(params, sep='/').items()}
 
     def apply(weights: Weights, slots: Array) -> Array:
-      rows: Any = slots.swapaxes(0, 1).reshape(slots.shape[1], -1, slots.shape[3])
+      rows = slots.swapaxes(0, 1).reshape(slots.shape[1], -1, slots.shape[3])
       rows = jax.vmap(run)(unflatten_dict(weights, sep='/'), rows)
       return rows.reshape(slots.shape[1], slots.shape[0], *slots.shape[2:]).swapaxes(0, 1).astype(slots.dtype)
 

@@ -100,9 +100,7 @@ class MoELayer(nn.Module):
     size = self.group_size if rows is None else rows * length
 
     def group(values: Array) -> Array:  # [B, L, ...] -> [G, S, ...]
-      return sharding.constrain(
-        jnp.reshape(values, (-1, size, *values.shape[2:])), 'batch', *(None,) * (values.ndim - 1)
-      )
+      return sharding.constrain(values.reshape(-1, size, *values.shape[2:]), 'batch', *(None,) * (values.ndim - 1))
 
     segment_ids = group(context.segment_ids)
     routing_context = RoutingContext(

@@ -157,6 +157,16 @@ def interleaved(**layers):
   return interleaved_stack(mixers, mlp='D', moe='S', stack=plain, name='s', **layers)
 
 
+@pytest.mark.parametrize(('expert_every', 'order'), [(0, 'AXD'), (1, 'AXSE'), (2, 'AXDAXSE')])
+def test_what_follows_a_sparse_sublayer(expert_every, order):
+  """Right behind it, and nowhere where there is none."""
+  assert (
+    ''.join(interleaved(num_layers=4, expert_every=expert_every, after_moe={'extra': 'E'}).pattern.values()) == order
+  )
+  with pytest.raises(ConfigError, match="'attention', and there is one already"):
+    interleaved(num_layers=4, expert_every=1, after_moe={'attention': 'E'})
+
+
 @pytest.mark.parametrize(
   ('num_layers', 'expert_every', 'expert_first', 'feed_forwards', 'repeats'),
   [
