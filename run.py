@@ -8,12 +8,14 @@ import dataclasses
 import difflib
 import importlib
 import inspect
+import json
 import logging
 import os
 import pathlib
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
@@ -25,6 +27,7 @@ MODES = {  # mode -> module:function
   'train': 'moe_jax.runs.train:train',
   'eval': 'moe_jax.runs.evaluate:evaluate',
   'infer': 'moe_jax.runs.infer:infer',
+  'plan': 'moe_jax.runs.plan:plan',
   'report': 'moe_jax.runs.report:report',
 }
 HERE = pathlib.Path(__file__).resolve().parent
@@ -46,6 +49,7 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
   parser.add_argument('--gin_file', action='append', default=[], help='may be given several times; later wins')
   parser.add_argument('--gin_search_paths', default='.', help='comma-separated folders that gin files are found in')
   parser.add_argument('--dry_run', action='store_true', help='build everything, say how large it is, and stop')
+  parser.add_argument('--search', action='store_true', help='plan: try other meshes, remat and microbatches too')
   parser.add_argument('--prompt', action='append', help='infer: a text to continue, instead of the task')
   parser.add_argument('--model_dirs', nargs='+', help='report: the runs to compare')
   parser.add_argument('--routers', action='store_true', help='report: a picture of who goes where, for each router')
@@ -165,6 +169,8 @@ def run(flags: argparse.Namespace, bindings: list[str]) -> None:
     return
   if not flags.gin_file:
     raise ConfigError('Which model? Give --gin_file=gin/experiments/quickstart.gin, or another of that folder.')
+  if flags.search and flags.run_mode != 'plan':
+    raise ConfigError('--search goes with --run_mode=plan.')
   parse_gin(flags.run_mode, flags.gin_file, bindings, flags.gin_search_paths.split(','))
   given = {'dry_run': flags.dry_run or None, 'prompts': flags.prompt, 'output': flags.output}
   given = {name: value for name, value in given.items() if value is not None}
@@ -173,7 +179,28 @@ def run(flags: argparse.Namespace, bindings: list[str]) -> None:
     raise ConfigError(f'--{unused[0].removesuffix("s")} says nothing to --run_mode={flags.run_mode}.')
   if 'config' in accepted:
     given['config'] = gin.config_str()
-  gin.get_configurable(function)(**given)
+  result = gin.get_configurable(function)(**given)
+  if flags.search:
+    search_plans(flags, bindings, result)
+
+
+def search_plans(flags: argparse.Namespace, bindings: list[str], first: dict[str, Any]) -> None:
+  """Plans again and again, each time with other bindings behind the user's, and ranks what comes of it."""
+  from moe_jax.runs import plan, plan_page
+
+  model_dir = pathlib.Path(gin.query_parameter('%MODEL_DIR'))
+
+  def again(candidate: Mapping[str, Any]) -> dict[str, Any]:
+    gin.clear_config()
+    place = model_dir / f'candidate_{len(list(model_dir.glob("candidate_*")))}'
+    more = [f'{name} = {value!r}' for name, value in {**candidate, 'MODEL_DIR': str(place)}.items()]
+    parse_gin('plan', flags.gin_file, [*bindings, *more], flags.gin_search_paths.split(','))
+    return gin.get_configurable(plan.plan)(config=gin.config_str())
+
+  ranked = plan.search(first, again)
+  (model_dir / 'search.json').write_text(json.dumps(ranked, indent=2))
+  plan_page.show_search(ranked)
+  print(f'search: {model_dir / "search.json"}')
 
 
 def draw_routers(flags: argparse.Namespace, bindings: list[str]) -> pathlib.Path:

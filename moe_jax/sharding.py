@@ -2,9 +2,10 @@
 
 Model code names logical axes ('expert', 'embed'); this file and `gin/meshes/` alone say which mesh axis holds them:
 
-  data    replicas of everything, or shards of the weights (FSDP)
-  expert  experts live along it; everywhere else it is more data parallelism
-  model   tensor parallelism: heads, hidden widths, vocabulary
+  replica  copies of everything; slices of a TPU that are linked by the data-centre network alone differ along it
+  data     copies of everything, or shards of the weights (FSDP)
+  expert   experts live along it; everywhere else it is more data parallelism, or by other rules more of the model's
+  model    tensor parallelism: heads, hidden widths, vocabulary
 """
 
 import contextlib
@@ -19,76 +20,96 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.types import Array, ConfigError, Initializer
 
-MESH_AXES = ('data', 'expert', 'model')
+MESH_AXES = ('replica', 'data', 'expert', 'model')
 AxisRules = Sequence[tuple[str, str | tuple[str, ...] | None]]
 
 _ACTIVATIONS: AxisRules = (
-  ('batch', ('data', 'expert')),
-  ('expert_group', 'data'),  # groups as an expert sees them, after the all-to-all
+  ('batch', ('replica', 'data', 'expert')),
+  ('group', ('replica', 'data', 'expert')),  # tokens that are routed together
+  ('expert_group', ('replica', 'data')),  # groups as an expert sees them, after the all-to-all
 )
-_WEIGHTS: AxisRules = (
-  ('expert', 'expert'),
-  ('vocab', 'model'),
-  ('heads', 'model'),
-  ('mlp', 'model'),
-  ('expert_mlp', 'model'),
-  ('layers', None),
-  ('head_dim', None),
-)
+_EXPERTS: AxisRules = (('expert', 'expert'), ('expert_mlp', 'model'))
+_DENSE: AxisRules = (('vocab', 'model'), ('heads', 'model'), ('mlp', 'model'))
+_WHOLE: AxisRules = (('layers', None), ('head_dim', None))
 
 
 def replicated_rules() -> AxisRules:
   """Weights are whole on every data replica; experts, heads and hidden widths are split over their mesh axes."""
-  return (*_ACTIVATIONS, *_WEIGHTS, ('embed', None))
+  return (*_ACTIVATIONS, *_EXPERTS, *_DENSE, *_WHOLE, ('embed', None))
 
 
 def fsdp_rules() -> AxisRules:
   """As `replicated_rules`, and the 'embed' axis of every weight is split over the data-parallel devices (ZeRO-3)."""
   # Expert weights already use the expert axis, so theirs falls through to the second rule.
-  return (*_ACTIVATIONS, *_WEIGHTS, ('embed', ('data', 'expert')), ('embed', 'data'))
+  return (*_ACTIVATIONS, *_EXPERTS, *_DENSE, *_WHOLE, ('embed', ('data', 'expert')), ('embed', 'data'))
 
 
-def mesh_shape(wish: Mapping[str, int], num_devices: int, num_experts: int = 0) -> dict[str, int]:
+def tensor_over_experts_rules() -> AxisRules:
+  """As `fsdp_rules`, but what is no expert layer takes the expert axis for more tensor parallelism, not for more data.
+
+  Its tokens then are whole along the expert axis, and are split over it on the way into an expert layer.
+  """
+  wide = tuple((name, ('expert', 'model')) for name, _ in _DENSE)
+  activations = (('batch', ('replica', 'data')), *_ACTIVATIONS[1:])
+  return (*activations, *_EXPERTS, *wide, *_WHOLE, ('embed', 'data'))
+
+
+def mesh_shape(wish: Mapping[str, int], num_devices: int, num_experts: int = 0, num_slices: int = 1) -> dict[str, int]:
   """Fills in the -1s of a wished mesh shape.
 
   Args:
-    wish: mesh axis -> size; a missing axis has size 1. 'expert': -1 takes the widest size that divides both the devices
-      and the experts; 'data': -1 takes all devices that are left.
+    wish: mesh axis -> size; a missing axis has size 1, and 'replica' that of the slices. 'expert': -1 takes the widest
+      size that divides both the devices and the experts; 'data': -1 takes all devices that are left.
     num_devices: devices to use.
     num_experts: experts in a sparse layer; 0 for a dense model.
+    num_slices: into which the devices fall; only replicas differ from slice to slice.
 
   Raises:
     ConfigError: if an axis is unknown, or the sizes do not multiply to the number of devices.
   """
-  shape = {axis: wish.get(axis, 1) for axis in MESH_AXES}
+  shape = {axis: wish.get(axis, 1) for axis in MESH_AXES} | {'replica': wish.get('replica', num_slices)}
   if unknown := sorted(set(wish) - set(MESH_AXES)):
     raise ConfigError(f'MESH has an unknown axis {unknown[0]!r}: choose among {", ".join(MESH_AXES)}.')
-  if any(size < 1 and not (size == -1 and axis != 'model') for axis, size in shape.items()):
+  if any(size < 1 and not (size == -1 and axis in ('data', 'expert')) for axis, size in shape.items()):
     raise ConfigError(f'MESH sizes are positive, or -1 on data or expert for "what fits", not {dict(wish)}.')
   if shape['expert'] == -1:
     free = max(1, num_devices // math.prod(size for size in shape.values() if size > 0))
     shape['expert'] = math.gcd(free, num_experts) if num_experts else 1
   if shape['data'] == -1:
-    shape['data'] = max(1, num_devices // (shape['expert'] * shape['model']))
+    shape['data'] = max(1, num_devices // (shape['replica'] * shape['expert'] * shape['model']))
   if math.prod(shape.values()) != num_devices:
     raise ConfigError(
       f'MESH {shape} needs {math.prod(shape.values())} devices and there are {num_devices}:'
       " change MESH (-1 on 'data' takes what is left), or FAKE_DEVICES on a CPU."
     )
+  if shape['replica'] % num_slices:
+    raise ConfigError(
+      f"MESH has 'replica': {shape['replica']} and there are {num_slices} slices: use a multiple (only replicas may lie"
+      ' in different slices, since the network between them is slow).'
+    )
   return shape
 
 
+def count_slices(devices: Sequence[jax.Device]) -> int:
+  """Slices of a TPU: within each, chips are linked directly."""
+  return len({getattr(device, 'slice_index', None) for device in devices}) if devices[0].platform == 'tpu' else 1
+
+
 def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """Builds the mesh, placing neighbouring coordinates on neighbouring chips."""
+  """Builds the mesh, placing neighbouring coordinates on neighbouring chips, and slices along the first axis."""
   if devices is None:
     devices = jax.devices()
   # Auto axes: `jax.make_mesh` now makes Explicit ones by default, under which constraints on activations are refused.
   types = (AxisType.Auto,) * len(MESH_AXES)
-  sizes = tuple(shape[axis] for axis in MESH_AXES)
+  sizes = tuple(shape.get(axis, 1) for axis in MESH_AXES)
   if devices[0].platform == 'cpu':  # no wiring to respect, and any subset of devices will do
     return Mesh(np.asarray(devices[: math.prod(sizes)]).reshape(sizes), MESH_AXES, axis_types=types)
   # Unlike `jax.make_mesh`, this also finds a place for axes that are no product of whole sides of the torus.
-  placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+  if (slices := count_slices(devices)) > 1:
+    within, across = (sizes[0] // slices, *sizes[1:]), (slices, *(1,) * len(sizes[1:]))
+    placed = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+  else:
+    placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
   return Mesh(placed, MESH_AXES, axis_types=types)
 
 

@@ -20,6 +20,7 @@ import jax
 import pytest
 
 from moe_jax import sharding
+from moe_jax.analysis.chips import topology_devices
 
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
@@ -86,11 +87,10 @@ def mesh() -> Callable[..., jax.sharding.Mesh]:
 def tpu() -> Iterator[Callable[..., jax.sharding.Mesh]]:
   """`tpu('v5e:16x16', data=4, expert=64)` is a mesh to compile for, with all optimizations; without libtpu, skips."""
   pytest.importorskip('libtpu', reason='needs the TPU compiler: pip install "jax[tpu]"')
-  from jax.experimental import topologies
 
   def make(topology: str, data: int = 1, expert: int = 1, model: int = 1) -> jax.sharding.Mesh:
     shape = {'data': data, 'expert': expert, 'model': model}
-    return sharding.make_mesh(shape, topologies.get_topology_desc(platform='tpu', topology_name=topology).devices)
+    return sharding.make_mesh(shape, topology_devices(topology))
 
   jax.config.update('jax_disable_most_optimizations', False)
   yield make

@@ -39,7 +39,7 @@ STRANGERS = {
   ),
 }
 TENSORFLOW = {'clu', 'seqio', 't5x', 'tensorflow', 'tensorflow_datasets'}  # slow to import, and not needed to train
-MESH_AXES = {'data', 'expert', 'model'}
+MESH_AXES = {'replica', 'data', 'expert', 'model'}
 
 
 def imports(tree, deep=True):

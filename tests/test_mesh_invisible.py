@@ -118,6 +118,23 @@ def test_unrolled_equals_scanned(mesh, shape, dispatcher, microbatches):
   assert_same((grads, metrics), reference('decoder_only'))
 
 
+@pytest.mark.parametrize('dispatcher', DISPATCHERS)
+@pytest.mark.parametrize('shape', [(2, 4, 1), (2, 2, 2)])
+def test_dense_layers_may_split_the_same_devices_otherwise(mesh, shape, dispatcher):
+  rules = sharding.tensor_over_experts_rules()
+  options = {'dispatcher': DISPATCHERS[dispatcher]}
+  actual = one_step('decoder_only', mesh(*shape), rules, 1, initial('decoder_only'), **options)
+  assert_same(actual, reference('decoder_only'))
+
+
+@pytest.mark.parametrize('dispatcher', DISPATCHERS)
+def test_replicas_are_invisible_too(dispatcher):
+  mesh = sharding.make_mesh({'replica': 2, 'data': 2, 'expert': 2})
+  options = {'dispatcher': DISPATCHERS[dispatcher]}
+  actual = one_step('decoder_only', mesh, sharding.fsdp_rules(), 1, initial('decoder_only'), **options)
+  assert_same(actual, reference('decoder_only'))
+
+
 def test_the_reference_is_not_trivial():
   """The comparison above means something: tokens are dropped, the load is uneven, every weight has a gradient."""
   grads, metrics = reference('decoder_only')

@@ -33,7 +33,7 @@ REPLICATED, FSDP = sharding.replicated_rules(), sharding.fsdp_rules()
   ],
 )
 def test_mesh_shape(wish, devices, experts, shape):
-  assert sharding.mesh_shape(wish, devices, experts) == dict(zip(sharding.MESH_AXES, shape, strict=True))
+  assert sharding.mesh_shape(wish, devices, experts) == dict(zip(sharding.MESH_AXES, (1, *shape), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_mesh_shapes_that_cannot_be(wish, devices, complaint):
 
 def test_mesh():
   mesh = sharding.make_mesh({'data': 1, 'expert': 2, 'model': 2})
-  assert dict(mesh.shape) == {'data': 1, 'expert': 2, 'model': 2}
+  assert dict(mesh.shape) == {'replica': 1, 'data': 1, 'expert': 2, 'model': 2}
   assert mesh.axis_names == sharding.MESH_AXES and set(mesh.axis_types) == {AxisType.Auto}
   assert list(mesh.devices.flat) == jax.devices()[:4]
 
@@ -78,13 +78,32 @@ def spec(rules, mesh, *names):
     (('embed', None, 'mlp'), (None, None, 'model'), (('data', 'expert'), None, 'model')),
     (('vocab', 'embed'), ('model', None), ('model', ('data', 'expert'))),
     (('embed',), (None,), (('data', 'expert'),)),
-    (('batch', None, None), (('data', 'expert'), None, None), (('data', 'expert'), None, None)),
-    (('expert_group', 'expert', None, None), ('data', 'expert', None, None), ('data', 'expert', None, None)),
+    (('batch', None), (('replica', 'data', 'expert'), None), (('replica', 'data', 'expert'), None)),
+    (('group', None), (('replica', 'data', 'expert'), None), (('replica', 'data', 'expert'), None)),
+    (('expert_group', 'expert'), (('replica', 'data'), 'expert'), (('replica', 'data'), 'expert')),
   ],
 )
 def test_rules(names, replicated, fsdp, mesh):
   assert spec(REPLICATED, mesh(2, 2, 2), *names) == PartitionSpec(*replicated)
   assert spec(FSDP, mesh(2, 2, 2), *names) == PartitionSpec(*fsdp)
+
+
+def test_experts_and_dense_layers_split_the_same_devices_differently(mesh):
+  rules = sharding.tensor_over_experts_rules()
+  for names, where in [
+    (('batch', None), (('replica', 'data'), None)),
+    (('group', None), (('replica', 'data', 'expert'), None)),
+    (('embed', 'heads', 'head_dim'), ('data', ('expert', 'model'), None)),
+    (('expert', 'embed', None, 'expert_mlp'), ('expert', 'data', None, 'model')),
+  ]:
+    assert spec(rules, mesh(2, 2, 2), *names) == PartitionSpec(*where)
+
+
+def test_slices_differ_in_replicas_alone():
+  shape = sharding.mesh_shape({'data': -1, 'expert': -1}, 64, 16, num_slices=2)
+  assert shape == {'replica': 2, 'data': 2, 'expert': 16, 'model': 1}
+  with pytest.raises(ConfigError, match='there are 2 slices'):
+    sharding.mesh_shape({'replica': 1, 'data': -1}, 64, 16, num_slices=2)
 
 
 def test_a_name_without_a_rule_is_refused(mesh):

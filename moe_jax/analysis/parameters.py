@@ -22,6 +22,14 @@ class ParameterCount(NamedTuple):
 
 def count_parameters(model: nn.Module, batch_spec: Mapping[str, jax.ShapeDtypeStruct]) -> ParameterCount:
   """Counts from shapes alone. Every expert layer is asked how many experts it runs per token."""
+  totals, actives = zip(*parameter_sizes(model, batch_spec).values())
+  return ParameterCount(sum(totals), round(sum(actives)))
+
+
+def parameter_sizes(
+  model: nn.Module, batch_spec: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[tuple[str, ...], tuple[int, float]]:
+  """As `count_parameters`, of every array by its path."""
   shares: dict[tuple[str, ...], float] = {}
 
   def watch(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
@@ -37,13 +45,36 @@ def count_parameters(model: nn.Module, batch_spec: Mapping[str, jax.ShapeDtypeSt
 
   key = jax.eval_shape(lambda: jax.random.key(0))
   shapes = jax.eval_shape(init, key, dict(batch_spec))
-  total, active = 0, 0.0
+  sizes = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
     names = tuple(entry.key for entry in path)
     size = math.prod(leaf.shape)
     share = next((share for prefix, share in shares.items() if names[: len(prefix)] == prefix), 1.0)
-    total, active = total + size, active + size * share
-  return ParameterCount(total, round(active))
+    sizes[names] = (size, size * share)
+  return sizes
+
+
+def dispatch_bytes(model: nn.Module, batch_spec: Mapping[str, jax.ShapeDtypeStruct]) -> int:
+  """Of the rows that a device holds on the way to the experts and on the way home, in the layer that has the most.
+
+  Static shapes make this the worst case too. Call it inside `sharding.activate`, in whose mesh the layers are.
+  """
+  most = [0]
+
+  def watch(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+    result = call(*args, **kwargs)
+    if isinstance(context.module, MoELayer) and context.method_name == 'dispatch':
+      y, journey = result
+      most.append(2 * journey.rows * y.shape[-1] * y.dtype.itemsize)
+    return result
+
+  def init(key: jax.Array, batch: Any) -> PyTree:
+    with nn.intercept_methods(watch):
+      return nn.unbox(model.init(key, batch, train=True))
+
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  jax.eval_shape(init, {'params': key, 'dropout': key, 'router': key}, dict(batch_spec))
+  return max(most)
 
 
 def bytes_per_device(spec: PyTree) -> int:

@@ -5,6 +5,7 @@ K choices a token, F hidden width of an expert.
 """
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable
 
@@ -13,11 +14,12 @@ import jax.numpy as jnp
 
 from moe_jax import sharding
 from moe_jax.layers.context import Context
-from moe_jax.moe.dispatchers.base import Dispatcher
+from moe_jax.moe.dispatchers.base import Dispatcher, Journey
 from moe_jax.moe.dispatchers.einsum import einsum
-from moe_jax.moe.experts import Experts
+from moe_jax.moe.experts import ExpertBank, Experts
 from moe_jax.moe.routers.base import Router, RoutingContext
 from moe_jax.moe.routers.top_k import TopKRouter
+from moe_jax.moe.routing_plan import Plan
 from moe_jax.notices import notice
 from moe_jax.types import Array, Aux, ConfigError
 
@@ -37,11 +39,13 @@ def rows_per_group(batch: int, length: int, group_size: int, decoding: bool) -> 
   Raises:
     ConfigError: naming sizes that would fit.
   """
-  per_device, remainder = divmod(batch, sharding.shards('batch'))
+  ways = sharding.shards('group')
+  pieces = 1 if decoding or group_size < 1 else max(1, length // group_size)  # of a sequence
+  per_device, remainder = divmod(batch * pieces, ways)
   if remainder:
     raise ConfigError(
-      f'BATCH_SIZE={batch} (after splitting into microbatches) does not divide over {sharding.shards("batch")}'
-      f' data-parallel devices: use a multiple of {sharding.shards("batch")}.'
+      f'BATCH_SIZE={batch} (after splitting into microbatches) does not divide over {ways}'
+      f' data-parallel devices: use a multiple of {math.lcm(ways, pieces) // pieces}.'
     )
   if decoding:
     return per_device if length == 1 else 1
@@ -100,7 +104,7 @@ class MoELayer(nn.Module):
     size = self.group_size if rows is None else rows * length
 
     def group(values: Array) -> Array:  # [B, L, ...] -> [G, S, ...]
-      return sharding.constrain(values.reshape(-1, size, *values.shape[2:]), 'batch', *(None,) * (values.ndim - 1))
+      return sharding.constrain(values.reshape(-1, size, *values.shape[2:]), 'group', *(None,) * (values.ndim - 1))
 
     segment_ids = group(context.segment_ids)
     routing_context = RoutingContext(
@@ -123,7 +127,7 @@ class MoELayer(nn.Module):
       warnings.warn(advice, stacklevel=2)
     plan, aux = router(tokens, routing_context)
     bank = self.experts(num_experts=self.num_experts, features=width, name='experts')(context.train)
-    y, journey = self.dispatcher(bank, tokens, plan)
+    y, journey = self.dispatch(bank, tokens, plan)
     mebibytes = journey.rows * width * y.dtype.itemsize / 2**20
     notice(
       f'{"training" if context.train else "outside training"}: a device holds {journey.rows:,} rows of {width}'
@@ -137,3 +141,7 @@ class MoELayer(nn.Module):
       y += self.shared(name='shared')(x, context)[0]
     terms = {name: term.reshape(batch, length) for name, term in aux.token_terms.items()}
     return y, dataclasses.replace(aux, metrics=metrics, token_terms=terms)
+
+  def dispatch(self, experts: ExpertBank, tokens: Array, plan: Plan) -> tuple[Array, Journey]:
+    """The dispatcher's journey, under a name by which it can be watched from outside."""
+    return self.dispatcher(experts, tokens, plan)

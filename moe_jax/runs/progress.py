@@ -1,13 +1,22 @@
 """What a person sees while a model trains: a bar in a terminal, plain lines elsewhere."""
 
+import contextlib
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
 import jax
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+  BarColumn,
+  MofNCompleteColumn,
+  SpinnerColumn,
+  TextColumn,
+  TimeElapsedColumn,
+  TimeRemainingColumn,
+)
 from rich.progress import Progress as Bar
 
 
@@ -50,6 +59,30 @@ class Progress:
   def __exit__(self, *error: object) -> None:
     if self._bar:
       self._bar.stop()
+
+
+@contextlib.contextmanager
+def compiling(what: str, every: float = 15.0) -> Iterator[None]:
+  """Shows that something is going on: a spinner with a clock in a terminal, a line now and then elsewhere."""
+  console, done, started = Console(quiet=jax.process_index() > 0), threading.Event(), time.perf_counter()
+
+  def tick() -> None:
+    while not done.wait(every):
+      console.print(f'{what}, {time.perf_counter() - started:.0f} s', highlight=False)
+
+  if console.is_terminal:
+    columns = (SpinnerColumn(), TextColumn(what), TimeElapsedColumn())
+    with Bar(*columns, console=console, transient=True) as bar:
+      bar.add_task('', total=None)
+      yield
+    return
+  thread = threading.Thread(target=tick, daemon=True)
+  thread.start()
+  try:
+    yield
+  finally:
+    done.set()
+    thread.join()
 
 
 def summarize(values: Mapping[str, Any]) -> str:

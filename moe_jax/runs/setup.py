@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -13,11 +14,13 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe_jax import sharding
+from moe_jax.analysis.chips import topology_devices
 from moe_jax.batch import batch_spec
 from moe_jax.notices import notice
 from moe_jax.objectives import LanguageModeling, Objective
 from moe_jax.training.checkpoints import Checkpointer
 from moe_jax.training.state import OptimizerFactory, TrainState, init_state
+from moe_jax.training.step import train_step
 from moe_jax.types import ConfigError
 
 if TYPE_CHECKING:
@@ -33,12 +36,14 @@ class Devices:
     axis_rules: logical axis -> mesh axis.
     num_experts: E, which the widest fitting expert axis (-1) depends on; 0 for a dense model.
     fake_devices: how many devices to pretend on a CPU; None, or any other platform, takes what is there.
+    topology: of a TPU to compile for instead, see `chips.topology_devices`; nothing can run on it.
   """
 
   mesh: Mapping[str, int]
   axis_rules: sharding.AxisRules
   num_experts: int = 0
   fake_devices: int | None = None
+  topology: str | None = None
 
   def make_mesh(self) -> Mesh:
     """Starts JAX's backend, if this process has not, and lays out its devices.
@@ -49,9 +54,12 @@ class Devices:
     if self.fake_devices:
       with contextlib.suppress(RuntimeError):  # the backend runs already: take it as it is
         jax.config.update('jax_num_cpu_devices', self.fake_devices)  # no matter where there is a GPU or a TPU
-    devices = jax.devices()
-    shape = sharding.mesh_shape(self.mesh, len(devices), self.num_experts)
-    widest = math.gcd(len(devices) // shape['model'], self.num_experts) if self.num_experts else 1
+    if self.topology:
+      jax.config.update('jax_platforms', 'cpu')  # the compiler's library would look for a TPU here
+    devices = topology_devices(self.topology) if self.topology else jax.devices()
+    shape = sharding.mesh_shape(self.mesh, len(devices), self.num_experts, sharding.count_slices(devices))
+    free = len(devices) // (shape['replica'] * shape['model'])
+    widest = math.gcd(free, self.num_experts) if self.num_experts else 1
     if shape['expert'] < widest:
       notice(
         f'MESH: {self.num_experts} experts live on {shape["expert"]} devices and could on {widest}, which saves memory'
@@ -145,9 +153,25 @@ class Program:
     return sharding.activate(self.mesh, self.rules)
 
   @property
+  def mesh_axes(self) -> dict[str, int]:
+    """Mesh axis -> size, replicas only where there are several."""
+    return {axis: size for axis, size in self.mesh.shape.items() if size > 1 or axis != 'replica'}
+
+  @property
   def everywhere(self) -> NamedSharding:
     """The sharding of what every host reads whole."""
     return NamedSharding(self.mesh, PartitionSpec())
+
+
+def compiled_step(program: Program, objective: Objective, microbatches: int = 1, seed: int = 0) -> Any:
+  """The jitted training step, (state, batch) -> (state, metrics), in the place of the state that it is given."""
+  return jax.jit(
+    functools.partial(
+      train_step, objective=objective, transform=program.transform, microbatches=microbatches, seed=seed
+    ),
+    donate_argnums=0,
+    out_shardings=(jax.tree.map(lambda x: x.sharding, program.state_spec), program.everywhere),
+  )
 
 
 def build(
@@ -164,7 +188,7 @@ def build(
     if data.batch_size % ways:
       raise ConfigError(
         f'BATCH_SIZE={data.batch_size} does not divide over {sharding.shards("batch")} data-parallel devices'
-        f' (mesh axes data x expert) in {microbatches} microbatches: use a multiple of {ways}.'
+        f' in {microbatches} microbatches: use a multiple of {ways}.'
       )
     spec = data.spec()
     make_state, state_spec, transform = init_state(objective, optimizer, spec, mesh, seed)

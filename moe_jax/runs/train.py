@@ -17,11 +17,20 @@ from moe_jax.objectives import LanguageModeling
 from moe_jax.runs import infer
 from moe_jax.runs.progress import Progress, describe_loss, say
 from moe_jax.runs.report import report
-from moe_jax.runs.setup import Data, Devices, Program, at_least_one, build, open_model_dir, variables_of
+from moe_jax.runs.setup import (
+  Data,
+  Devices,
+  Program,
+  at_least_one,
+  build,
+  compiled_step,
+  open_model_dir,
+  variables_of,
+)
 from moe_jax.training.checkpoints import Checkpointer
 from moe_jax.training.metrics import MetricsLog, averaged, with_bits_per_byte
 from moe_jax.training.state import OptimizerFactory, TrainState
-from moe_jax.training.step import eval_step, train_step
+from moe_jax.training.step import eval_step
 from moe_jax.types import Batch, ConfigError
 
 
@@ -80,8 +89,7 @@ def train(
   say('bytes per device: ' + ', '.join(f'{name} {size:,}' for name, size in summary['bytes_per_device'].items()))
   if dry_run:
     with program.activate():  # traces the whole step, where what does not fit shows
-      options = {'objective': objective, 'transform': program.transform, 'microbatches': microbatches}
-      jax.eval_shape(functools.partial(train_step, **options), program.state_spec, program.batch_spec)
+      jax.eval_shape(compiled_step(program, objective, microbatches), program.state_spec, program.batch_spec)
     return summary
 
   folder, main = open_model_dir(model_dir), jax.process_index() == 0
@@ -100,13 +108,7 @@ def train(
       (folder / 'config.gin').write_text(config)
 
     # ---- Compile ----------------------------------------------------------------------------------------------------
-    update = jax.jit(
-      functools.partial(
-        train_step, objective=objective, transform=program.transform, microbatches=microbatches, seed=seed
-      ),
-      donate_argnums=0,
-      out_shardings=(jax.tree.map(lambda x: x.sharding, program.state_spec), program.everywhere),
-    )
+    update = compiled_step(program, objective, microbatches, seed)
     evaluate = jax.jit(functools.partial(eval_step, objective=objective), out_shardings=program.everywhere)
 
     def validate(state: TrainState) -> dict[str, Any]:
@@ -170,7 +172,7 @@ def describe(program: Program) -> dict[str, Any]:
     'active_parameters': count.active,
     'devices': program.mesh.size,
     'platform': program.mesh.devices.flat[0].platform,
-    'mesh': dict(program.mesh.shape),
+    'mesh': program.mesh_axes,
     'bytes_per_device': {name: bytes_per_device(tree) for name, tree in sizes.items()},
   }
 

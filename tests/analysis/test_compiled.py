@@ -121,3 +121,75 @@ def test_real_loops_are_unfolded():
 
   (op,) = collectives(operations(on_eight(body, P('x'))))
   assert (op.kind, op.times, op.wire_bytes) == ('collective-permute', 5, SHARD)
+
+
+def loop(bound='constant(8)', first='copy(%zero)'):
+  """A loop whose condition compares its counter, without the compiler's word on how often it runs."""
+  return f"""HloModule jit_f, num_partitions=1
+
+%condition (p: (s32[], f32[4])) -> pred[] {{
+  %bound = s32[] {bound}
+  %p = (s32[], f32[4]{{0}}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  ROOT %lt = pred[] compare(%i, %bound), direction=LT
+}}
+
+%body (p: (s32[], f32[4])) -> (s32[], f32[4]) {{
+  %p = (s32[], f32[4]{{0}}) parameter(0)
+  %work = f32[4]{{0}} fusion(%p), kind=kLoop, calls=%condition, backend_config={{"estimated_cycles":"100"}}
+}}
+
+ENTRY %main (x: f32[4]) -> f32[4] {{
+  %zero = s32[] constant(3)
+  %x = f32[4]{{0}} parameter(0)
+  %first = s32[] {first}
+  %start = (s32[], f32[4]{{0}}) tuple(%first, %x)
+  %run = (s32[], f32[4]{{0}}) while(%start), condition=%condition, body=%body
+}}
+"""
+
+
+def test_trips_follow_from_a_loops_condition_where_the_compiler_is_silent():
+  assert cycles(operations(loop()), matmul=False) == 5 * 100
+
+
+@pytest.mark.parametrize('unknown', [{'bound': 'get-tuple-element(%p), index=1'}, {'first': 'add(%zero, %zero)'}])
+def test_a_loop_of_unknown_length_is_counted_once_and_told(unknown):
+  ops = operations(loop(**unknown))
+  assert cycles(ops, matmul=False) == 100 and 'while' in [op.kind for op in ops if op.cycles is None]
+  assert 'while' not in [op.kind for op in operations(loop())]
+
+
+LINES = """HloModule jit_f, num_partitions=8
+
+FileNames
+1 "/somewhere/site-packages/flax/core.py"
+2 "/home/me/moe_jax/moe/experts.py"
+
+FunctionNames
+1 "f"
+
+FileLocations
+1 {file_name_id=1 function_name_id=1 line=10 end_line=10 column=3 end_column=9}
+2 {file_name_id=2 function_name_id=1 line=57 end_line=57 column=3 end_column=9}
+
+StackFrames
+1 {file_location_id=2 parent_frame_id=1}
+2 {file_location_id=1 parent_frame_id=1}
+
+
+ENTRY %main (x: f32[16]) -> f32[16] {
+  %x = f32[16]{0} parameter(0)
+  %a = f32[16]{0} add(%x, %x), metadata={op_name="jit(f)/add" stack_frame_id=2}
+  %b = f32[16]{0} add(%x, %x), metadata={op_name="jit(f)/add" source_file="moe.py" source_line=3}
+  %c = f32[16]{0} all-reduce(%x), replica_groups={}, to_apply=%add
+  %d = f32[16]{0} all-reduce(%x), replica_groups=[2,4]<=[4,2]T(1,0), to_apply=%add
+  ROOT %e = f32[16]{0} all-reduce(%x), replica_groups=mesh['data'=2,'expert'=4] {'data'}, to_apply=%add
+}
+"""
+
+
+def test_source_lines_and_groups():
+  a, b, c, d, e = operations(LINES)
+  assert (a.line, b.line) == ('/home/me/moe_jax/moe/experts.py:57', 'moe.py:3')  # not where Flax called it
+  assert (c.group, d.group, e.group) == (tuple(range(8)), (0, 2, 4, 6), (0, 4))

@@ -188,7 +188,7 @@ def on_tpu(flags: argparse.Namespace) -> Iterator[Row]:
 
 def mesh(sizes: Sequence[int], devices: Any = None) -> Any:
   """Enters a mesh of data x expert x model."""
-  shape = dict(zip(sharding.MESH_AXES, sizes, strict=True))
+  shape = dict(zip(('data', 'expert', 'model'), sizes, strict=True))
   return sharding.activate(sharding.make_mesh(shape, devices), sharding.replicated_rules())
 
 

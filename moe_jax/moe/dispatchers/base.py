@@ -29,4 +29,4 @@ class Dispatcher(Protocol):
 
 def full_buffers(tokens: Array, plan: Plan) -> Journey:
   """Of a dispatcher that moves every slot of every group, tokens float[G, S, M], filled or not."""
-  return Journey(rows=len(tokens) // shards('batch') * plan.slots)
+  return Journey(rows=len(tokens) // shards('group') * plan.slots)

@@ -89,8 +89,8 @@ def by_device(journey: LocalJourney, experts: ExpertBank, tokens: Array, plan: P
     )
   device = Device(expert_axis, hidden_axis, expert_ways, split_rows)
   weight_specs = {name: spec(*names) for name, names in experts.axes.items()}
-  differing = (*axes_of(spec('batch')[0]), *axes_of(hidden_axis))
-  by_group, by_row = spec('batch'), PartitionSpec(*spec('batch', None), hidden_axis if split_rows else None)
+  differing = (*axes_of(spec('group')[0]), *axes_of(hidden_axis))
+  by_group, by_row = spec('group'), PartitionSpec(*spec('group', None), hidden_axis if split_rows else None)
 
   def local(weights: Weights, tokens: Array, plan: Plan) -> tuple[Array, Metrics]:
     weights = {

@@ -17,9 +17,9 @@ from moe_jax.types import Array
 def einsum(experts: ExpertBank, tokens: Array, plan: Plan) -> tuple[Array, Journey]:
   """See `Dispatcher`."""
   slots = jnp.einsum('gsec,gsm->gecm', plan.dispatch_array(tokens.dtype), tokens)
-  slots = constrain(slots, 'batch', None, None, None)
+  slots = constrain(slots, 'group', None, None, None)
   slots = constrain(slots, 'expert_group', 'expert', None, None)  # all-to-all
   slots = experts.apply(experts.weights, slots)
   slots = constrain(slots, 'expert_group', 'expert', None, None)
-  slots = constrain(slots, 'batch', None, None, None)  # all-to-all
+  slots = constrain(slots, 'group', None, None, None)  # all-to-all
   return jnp.einsum('gsec,gecm->gsm', plan.combine_array(tokens.dtype), slots), full_buffers(tokens, plan)

@@ -12,9 +12,9 @@ from moe_jax.types import Array
 
 def gather(experts: ExpertBank, tokens: Array, plan: Plan) -> tuple[Array, Journey]:
   """See `Dispatcher`."""
-  slots = constrain(plan.fill(tokens), 'batch', None, None, None)
+  slots = constrain(plan.fill(tokens), 'group', None, None, None)
   slots = constrain(slots, 'expert_group', 'expert', None, None)  # all-to-all
   slots = experts.apply(experts.weights, slots)
   slots = constrain(slots, 'expert_group', 'expert', None, None)
-  slots = constrain(slots, 'batch', None, None, None)  # all-to-all
+  slots = constrain(slots, 'group', None, None, None)  # all-to-all
   return plan.read(slots), full_buffers(tokens, plan)

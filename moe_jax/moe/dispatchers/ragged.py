@@ -38,7 +38,7 @@ def ragged(
     raise ConfigError('These experts run on buffers only: their DISPATCHER is einsum, gather or all_to_all.')
   ways, choices = sharding.shards('expert'), chosen.expert_index.shape[2]
   here = chosen.num_experts // ways  # experts of a device
-  asked = len(tokens) // sharding.shards('batch') * tokens.shape[1] * choices  # by the tokens of a device
+  asked = len(tokens) // sharding.shards('group') * tokens.shape[1] * choices  # by the tokens of a device
   room = asked // choices * min(choices, here)
   if bound is not None:
     room = min(room, _up(math.ceil(bound * asked / ways), 8))
