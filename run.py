@@ -13,7 +13,9 @@ import logging
 import os
 import pathlib
 import re
+import signal
 import sys
+import traceback
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -54,6 +56,11 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
   parser.add_argument('--model_dirs', nargs='+', help='report: the runs to compare')
   parser.add_argument('--routers', action='store_true', help='report: a picture of who goes where, for each router')
   parser.add_argument('--output', help='infer, report: where to write')
+  parser.add_argument('--profile_steps', help='train: FIRST:LAST, steps to trace with the profiler')
+  parser.add_argument('--distributed', action='store_true', help='one process of several, on Cloud TPU, SLURM or MPI')
+  parser.add_argument('--coordinator_address', help='HOST:PORT of process 0, where nothing else tells')
+  parser.add_argument('--num_processes', type=int, help='of the run, with --coordinator_address')
+  parser.add_argument('--process_id', type=int, help='of this process, from 0, with --coordinator_address')
   parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
   flags, rest = parser.parse_known_args(arguments)
   bindings = []
@@ -122,7 +129,7 @@ def _nearest(name: str, known: Iterable[str]) -> str:
   return f': did you mean {near[0]}?' if near else '.'
 
 
-def first_line(error: BaseException) -> str:
+def first_line(error: BaseException | str) -> str:
   """The message without gin's account of where it was called from."""
   return (str(error).strip() or type(error).__name__).splitlines()[0]
 
@@ -137,18 +144,32 @@ def main(arguments: list[str]) -> int:
     library.addHandler(Printer())
   try:
     flags, bindings = parse_arguments(arguments)
+    if flags.distributed or flags.coordinator_address or flags.num_processes or flags.process_id is not None:
+      from moe_jax.runs import hosts
+
+      if (code := hosts.watched()) is not None:
+        return code
+      hosts.join(flags.coordinator_address, flags.num_processes, flags.process_id)
     run(flags, bindings)
   except KeyboardInterrupt:
     print('Interrupted.', file=sys.stderr)
     return 130
   except Exception as error:
-    if debug:
+    from moe_jax.runs import hosts
+
+    if isinstance(error, hosts.Preempted):
+      print(error)
+      return 128 + signal.SIGTERM
+    if debug and not hosts.is_one_of_several():
       raise
-    known = isinstance(error, ConfigError)
+    if debug:
+      traceback.print_exc()
+    known = f'{error}' if isinstance(error, ConfigError) else hosts.explain(error)
     print(
-      first_line(error) if known else f'{type(error).__name__}: {first_line(error)} (--debug shows where)',
+      first_line(known) if known else f'{type(error).__name__}: {first_line(error)} (--debug shows where)',
       file=sys.stderr,
     )
+    hosts.leave(1)
     return 1
   return 0
 
@@ -173,6 +194,7 @@ def run(flags: argparse.Namespace, bindings: list[str]) -> None:
     raise ConfigError('--search goes with --run_mode=plan.')
   parse_gin(flags.run_mode, flags.gin_file, bindings, flags.gin_search_paths.split(','))
   given = {'dry_run': flags.dry_run or None, 'prompts': flags.prompt, 'output': flags.output}
+  given['profile_steps'] = flags.profile_steps
   given = {name: value for name, value in given.items() if value is not None}
   accepted = inspect.signature(function).parameters
   if unused := sorted(set(given) - set(accepted)):

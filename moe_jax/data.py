@@ -5,9 +5,10 @@ What is in a batch, `moe_jax/batch.py` says.
 
 import collections
 import difflib
+import glob
 import importlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -74,11 +75,16 @@ def bytes_of(tokens: np.ndarray, vocabulary: seqio.ByteVocabulary) -> bytes:
 
 
 class BatchIterator(Iterator[Batch]):
-  """Global batches, and where in the data they are."""
+  """Global batches, and where in the data they are.
+
+  The data fall into shards, each of which gives the same number of rows to every batch, in order. A host reads the
+  shards whose rows its devices hold; so batches depend on the number of shards, and not on that of the hosts.
+  """
 
   def __init__(
     self,
-    dataset: tf.data.Dataset,
+    shard: Callable[[seqio.ShardInfo], tf.data.Dataset],
+    num_shards: int,
     spec: Mapping[str, jax.ShapeDtypeStruct],
     sharding: NamedSharding,
     finite: bool,
@@ -87,47 +93,75 @@ class BatchIterator(Iterator[Batch]):
     """Starts at the beginning.
 
     Args:
-      dataset: batches of this host, the last of which may be short.
+      shard: makes a shard's rows, a batch's at a time, the last of which may be fewer.
+      num_shards: of the data.
       spec: of the global batch.
       sharding: of the global batch.
-      finite: the dataset ends, perhaps not after as many batches on every host.
+      finite: the data end, perhaps not after as many batches in every shard.
       origin: which data these are; a place saved in others is not restored.
     """
-    self._spec, self._sharding, self._finite, self._origin = spec, sharding, finite, origin
-    self._hosts = _shard_info(sharding).num_shards
-    self._iterator = iter(dataset)
-    self._checkpoint = tf.train.Checkpoint(iterator=self._iterator, origin=tf.Variable(origin))
+    self._shard, self._spec, self._sharding, self._finite, self._origin = shard, spec, sharding, finite, origin
+    self._begin(num_shards)
+
+  def _begin(self, num_shards: int) -> None:
+    size = next(iter(self._spec.values())).shape[0]
+    readers: dict[int, set[int]] = collections.defaultdict(set)  # shard -> hosts
+    device: Any
+    for device, (rows, _) in self._sharding.devices_indices_map((size, 1)).items():
+      first, end, _ = rows.indices(size)
+      for index in range(first * num_shards // size, -(-end * num_shards // size)):
+        readers[index].add(device.process_index)
+    here = [index for index in sorted(readers) if jax.process_index() in readers[index]]
+    self._writes = [index for index in here if min(readers[index]) == jax.process_index()]
+    self._num_shards, self._rows = num_shards, size // num_shards
+    self._iterators = {index: iter(self._shard(seqio.ShardInfo(index, num_shards))) for index in here}
 
   def __next__(self) -> Batch:
-    """A dict of global arrays [B, L]. A short batch is filled up with rows of zeros, which weigh nothing."""
-    local: Any = next(self._iterator, None)
-    here = local is not None
+    """A dict of global arrays [B, L]. What a shard lacks is filled up with rows of zeros, which weigh nothing."""
+    read: dict[int, Any] = {index: next(iterator, None) for index, iterator in self._iterators.items()}
+    here = any(rows is not None for rows in read.values())
     if not (_on_any_host(here) if self._finite else here):
       raise StopIteration
     batch = {}
     for name, spec in self._spec.items():
-      array = np.zeros((spec.shape[0] // self._hosts, *spec.shape[1:]), spec.dtype)
-      if here:
-        array[: len(local[name])] = local[name]
-      batch[name] = jax.make_array_from_process_local_data(self._sharding, array, spec.shape)
+      local = np.zeros(spec.shape, spec.dtype)  # pages of it that are never written take no memory
+      for index, rows in read.items():
+        if rows is not None:
+          start = index * self._rows
+          local[start : start + len(rows[name])] = rows[name]
+      batch[name] = jax.make_array_from_callback(spec.shape, self._sharding, local.__getitem__)
     return batch
 
+  def _checkpoint(self, index: int) -> tf.train.Checkpoint:
+    return tf.train.Checkpoint(iterator=self._iterators[index], origin=tf.Variable(self._origin))
+
   def save(self, path: str) -> None:
-    """Writes this host's place in the data, shuffle buffers included, to files whose names begin with `path`."""
-    self._checkpoint.write(_host_path(path))
+    """Writes the place in each shard, shuffle buffers included, to files whose names begin with `path`.
+
+    Of the hosts that read a shard, the first writes.
+    """
+    for index in self._writes:
+      self._checkpoint(index).write(_shard_path(path, index, self._num_shards))
 
   def restore(self, path: str) -> None:
-    """Goes to the place that `save` wrote: the batches that follow are the same to the bit.
+    """Goes to the place that `save` wrote, by however many hosts: the batches that follow are the same to the bit.
 
     Raises:
       ConfigError: if the files are missing or damaged, or hold a place in other data.
     """
-    path = _host_path(path)
+    saved = sorted(glob.glob(f'{glob.escape(path)}-00000-of-*.index'))
+    number = int(saved[0].removesuffix('.index')[-5:]) if saved else self._num_shards
+    if number != self._num_shards:
+      self._begin(number)
+    for index in self._iterators:
+      self._restore(index, _shard_path(path, index, number))
+
+  def _restore(self, index: int, path: str) -> None:
     try:
       saved = tf.train.load_checkpoint(path).get_tensor('origin/.ATTRIBUTES/VARIABLE_VALUE').decode()
       if saved != self._origin:
         raise ConfigError(f'{path} is a place in other data: {saved}, not {self._origin}.')
-      self._checkpoint.read(path).assert_consumed()
+      self._checkpoint(index).read(path).assert_consumed()
     except (tf.errors.OpError, AssertionError, LookupError, RuntimeError) as error:
       message = f'{path}, the place in the data to go on from, is missing or damaged: take an earlier checkpoint.'
       raise ConfigError(message) from error
@@ -147,8 +181,9 @@ def batches(
   shuffle: bool = True,
   num_epochs: int | None = None,
   pack: bool = True,
+  num_shards: int | None = None,
 ) -> BatchIterator:
-  """Reads a seqio task as global batches; each host reads only the rows its devices hold.
+  """Reads a seqio task as global batches; each host reads only the shards whose rows its devices hold.
 
   Args:
     task: the name of a seqio task or mixture.
@@ -162,20 +197,26 @@ def batches(
     seed: of the order and of everything drawn at random; the same seed gives the same batches.
     num_epochs: None for ever, each epoch in an order of its own.
     pack: puts several short examples in a row.
+    num_shards: into which the data are split; None is one for each host, or for hosts that hold the same rows.
 
   Raises:
-    ConfigError: as `check`, or from the task.
+    ConfigError: as `check`, from the task, or if rows do not divide over shards.
   """
   check(task, lengths, batch_size, split, converter, sharding, modules, vocab_size)
-  shard = _shard_info(sharding)
+  num_shards = num_shards or _parts(sharding)
+  if batch_size % num_shards:
+    raise ConfigError(f'BATCH_SIZE={batch_size} does not divide over DATA_SHARDS={num_shards}: use a multiple.')
   order = {'shuffle': shuffle, 'num_epochs': num_epochs, 'seed': seed}
   options = tf.data.Options()
   options.deterministic = True
-  dataset = _examples(shard, task, lengths, split, converter, pack, **order)
-  dataset = dataset.batch(batch_size // shard.num_shards).prefetch(2).with_options(options)
+
+  def shard(info: seqio.ShardInfo) -> tf.data.Dataset:
+    rows = _examples(info, task, lengths, split, converter, pack, **order)
+    return rows.batch(batch_size // info.num_shards).prefetch(2).with_options(options)
+
   origin = f'{split} of {task}, {converter}, {dict(lengths)}, {batch_size} a batch, pack={pack}, {order}'
   spec = batch_spec(lengths, batch_size, converter)
-  return BatchIterator(dataset, spec, sharding, finite=num_epochs is not None, origin=origin)
+  return BatchIterator(shard, num_shards, spec, sharding, finite=num_epochs is not None, origin=origin)
 
 
 def check(
@@ -254,14 +295,13 @@ def _as_one_segment(row: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
   return {**row, **added}
 
 
-def _shard_info(sharding: NamedSharding) -> seqio.ShardInfo:
-  """Which part of the rows this host's devices hold; hosts whose devices hold the same rows read the same files."""
+def _parts(sharding: NamedSharding) -> int:
+  """Hosts whose devices hold different rows."""
   rows: dict[int, set[int]] = collections.defaultdict(set)
   device: Any
   for device, (index, _) in sharding.devices_indices_map((sharding.num_devices, 1)).items():
     rows[device.process_index].add(index.start or 0)
-  parts = sorted({tuple(sorted(starts)) for starts in rows.values()})
-  return seqio.ShardInfo(index=parts.index(tuple(sorted(rows[jax.process_index()]))), num_shards=len(parts))
+  return len({tuple(sorted(starts)) for starts in rows.values()})
 
 
 def _on_any_host(here: bool) -> bool:
@@ -269,5 +309,5 @@ def _on_any_host(here: bool) -> bool:
   return here if jax.process_count() == 1 else bool(np.any(multihost_utils.process_allgather(np.array(here))))
 
 
-def _host_path(path: str) -> str:
-  return f'{path}-{jax.process_index():05d}-of-{jax.process_count():05d}'
+def _shard_path(path: str, index: int, num_shards: int) -> str:
+  return f'{path}-{index:05d}-of-{num_shards:05d}'

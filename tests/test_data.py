@@ -179,25 +179,60 @@ def test_shards_have_different_rows_and_together_all(documents):
 
 
 @pytest.mark.parametrize(
-  ('starts', 'expected'),
+  ('hosts', 'parts', 'read', 'written'),
   [
-    ({0: [0, 1], 1: [2, 3]}, [(0, 2), (1, 2)]),
-    ({0: [0, 2], 1: [1, 3]}, [(0, 2), (1, 2)]),
-    ({0: [0, 0], 1: [2, 2], 2: [0, 0], 3: [2, 2]}, [(0, 2), (1, 2), (0, 2), (1, 2)]),  # hosts 0 and 2 share rows
-    ({0: [None], 1: [None]}, [(0, 1), (0, 1)]),  # no device splits rows
+    ([0, 0, 1, 1], 2, [[0], [1]], [[0], [1]]),
+    ([0, 0, 0, 0], 1, [[0]], [[0]]),
+    ([0, 1, 0, 1], 2, [[0, 1], [0, 1]], [[0, 1], []]),  # both hosts hold rows of both shards, and the first writes
   ],
 )
-def test_hosts_read_what_their_devices_hold(monkeypatch, starts, expected):
+def test_hosts_read_the_shards_whose_rows_they_hold(monkeypatch, hosts, parts, read, written):
   class Device:
     def __init__(self, host):
       self.process_index = host
 
-  held = [(Device(host), slice(start, None)) for host in starts for start in starts[host]]
-  indices = {device: (rows, slice(None)) for device, rows in held}
-  sharding = types.SimpleNamespace(num_devices=len(held), devices_indices_map=lambda shape: indices)
-  for host, shard in enumerate(expected):
+  devices = [Device(host) for host in hosts]
+
+  def rows_of(shape):
+    size = shape[0] // len(devices)
+    return {device: (slice(i * size, (i + 1) * size), slice(None)) for i, device in enumerate(devices)}
+
+  sharding = types.SimpleNamespace(num_devices=len(devices), devices_indices_map=rows_of)
+  assert data._parts(sharding) == parts
+  spec = {'x': jax.ShapeDtypeStruct((8, 1), 'int32')}
+  for host, (reads, writes) in enumerate(zip(read, written)):
     monkeypatch.setattr(jax, 'process_index', lambda host=host: host)
-    assert data._shard_info(sharding) == seqio.ShardInfo(*shard)
+    batches = data.BatchIterator(lambda info: [], parts, spec, sharding, finite=False, origin='')
+    assert (sorted(batches._iterators), batches._writes) == (reads, writes)
+
+
+def test_as_many_shards_give_the_same_batches_and_places_whatever_reads_them(rows, tmp_path):
+  """Here one host reads what two would: two shards, each the rows of half a batch, as each would have them alone."""
+  wish = {
+    'task': 'local_text_lm', 'lengths': {'targets': 32}, 'batch_size': 16, 'split': 'train',
+    'converter': 'decoder_only', 'sharding': rows, 'vocab_size': 384, 'modules': MODULES,
+  }  # fmt: skip
+  both = data.batches(**wish, num_shards=2)
+  first = [jax.device_get(next(both)) for _ in range(3)]
+  both.save(str(tmp_path / 'place'))
+  expected = [jax.device_get(next(both)) for _ in range(3)]
+  for index in range(2):
+    info = seqio.ShardInfo(index, 2)
+    order = {'shuffle': True, 'num_epochs': None, 'seed': 0}
+    shard = data._examples(info, 'local_text_lm', {'targets': 32}, 'train', 'decoder_only', **order).batch(8)
+    for batch, alone in zip(first, shard.as_numpy_iterator()):
+      np.testing.assert_array_equal(
+        batch['decoder_target_tokens'][8 * index : 8 * index + 8], alone['decoder_target_tokens']
+      )
+  other = data.batches(**wish)  # of one shard, until it finds a place in two
+  other.restore(str(tmp_path / 'place'))
+  for batch in expected:
+    actual = jax.device_get(next(other))
+    assert actual.keys() == batch.keys()
+    for name in batch:
+      np.testing.assert_array_equal(actual[name], batch[name])
+  with pytest.raises(ConfigError, match='does not divide over DATA_SHARDS=3'):
+    data.batches(**wish, num_shards=3)
 
 
 @pytest.mark.parametrize(

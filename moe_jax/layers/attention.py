@@ -66,10 +66,13 @@ class SelfAttention(_Attention):
   Attributes:
     rotary_base: rotary positions with this base; None for none.
     relative_table: makes this layer's own relative position table; a table in the context is used where this is None.
+    query_key_norm: normalises queries and keys (RMS) before rotating them: 'head' each head by itself (Qwen3), 'whole'
+      all heads together (OLMoE); None does not.
     experts: which of query, key and value are expert layers, and what makes them (Switch, appendix A).
   """
 
   rotary_base: float | None = None
+  query_key_norm: str | None = None
   relative_table: Callable[..., nn.Module] | None = None
   experts: Mapping[str, Callable[..., nn.Module]] = FrozenDict()
 
@@ -92,6 +95,8 @@ class SelfAttention(_Attention):
       raise ConfigError(f'{unknown[0]!r} is no projection of attention that experts can be: query, key, value are.')
     kv_heads = self.num_kv_heads or self.num_heads
     query, key, value = project('query', self.num_heads), project('key', kv_heads), project('value', kv_heads)
+    if self.query_key_norm:
+      query, key = self._normalised('query', query), self._normalised('key', key)
     if self.rotary_base:
       query = rotate(query, context.positions, self.rotary_base)
       key = rotate(key, context.positions, self.rotary_base)
@@ -106,6 +111,13 @@ class SelfAttention(_Attention):
     table = self.relative_table(name='relative')() if self.relative_table else context.relative_table
     bias = None if table is None else relative_bias(table, query_index, key_index, bidirectional=not context.causal)
     return self.attend(query, key, value, mask, bias, x.shape[-1]), nest(**reports)
+
+  def _normalised(self, name: str, x: Array) -> Array:
+    """float[B, L, H, D], and the same again, of mean square 1 times a learned scale."""
+    if self.query_key_norm not in ('head', 'whole'):
+      raise ConfigError(f"QUERY_KEY_NORM={self.query_key_norm!r} is none of None, 'head', 'whole'.")
+    axes = (-1,) if self.query_key_norm == 'head' else (-2, -1)
+    return nn.RMSNorm(reduction_axes=axes, feature_axes=axes, dtype=self.dtype, name=f'{name}_norm')(x)
 
   def _extend_cache(self, key: Array, value: Array, context: Context) -> tuple[Array, Array, Array, Array]:
     """Writes keys and values behind the old; the first call makes the cache. Returns it whole, and where it began."""

@@ -115,7 +115,7 @@ def task_examples(program: Program, data: Data, split: str) -> Iterator[Example]
 
   vocabulary = data.vocabulary()
   fetch = jax.jit(lambda batch: batch, out_shardings=program.everywhere)  # whole, on every host
-  for batch in data.batches(program.mesh, split, shuffle=False, num_epochs=1, pack=False):
+  for batch in data.batches(program.mesh, split, shuffle=False, num_epochs=1, pack=False, num_shards=1):
     rows = {name: np.asarray(value) for name, value in fetch(batch).items()}
     for targets, weights, *inputs in zip(
       rows['decoder_target_tokens'],

@@ -1,9 +1,11 @@
 """What a person sees while a model trains: a bar in a terminal, plain lines elsewhere."""
 
 import contextlib
+import re
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Self
 
 import jax
@@ -18,6 +20,8 @@ from rich.progress import (
   TimeRemainingColumn,
 )
 from rich.progress import Progress as Bar
+
+from moe_jax.types import ConfigError
 
 
 class Progress:
@@ -59,6 +63,37 @@ class Progress:
   def __exit__(self, *error: object) -> None:
     if self._bar:
       self._bar.stop()
+
+
+class Profiler:
+  """Traces some steps with JAX's profiler; TensorBoard and Perfetto show what it writes.
+
+  Args:
+    steps: 'first:last'; None traces nothing.
+
+  Raises:
+    ConfigError: if it is neither.
+  """
+
+  def __init__(self, steps: str | None):
+    found = re.fullmatch(r'(\d+):(\d+)', steps or '')
+    if steps is not None and (not found or int(found[1]) > int(found[2])):
+      raise ConfigError(f'--profile_steps={steps}: FIRST:LAST is wanted, such as 10:15.')
+    self._first, self._last = (int(found[1]), int(found[2])) if found else (0, 0)
+    self._running = False
+
+  def before(self, step: int, folder: Path) -> None:
+    """Begins with the first step, or with the first that there is."""
+    if self._first <= step <= self._last and not self._running:
+      jax.profiler.start_trace(str(folder / 'profile'))
+      self._running = True
+
+  def after(self, step: int, state: Any) -> None:
+    """Ends after the last step, when its result is there."""
+    if self._running and step >= self._last:
+      jax.block_until_ready(state)
+      jax.profiler.stop_trace()
+      self._running = False
 
 
 @contextlib.contextmanager

@@ -35,7 +35,8 @@ class Devices:
     mesh: axis -> size, see `sharding.mesh_shape`.
     axis_rules: logical axis -> mesh axis.
     num_experts: E, which the widest fitting expert axis (-1) depends on; 0 for a dense model.
-    fake_devices: how many devices to pretend on a CPU; None, or any other platform, takes what is there.
+    fake_devices: how many devices each process pretends to have on a CPU; None, or any other platform, takes what is
+      there.
     topology: of a TPU to compile for instead, see `chips.topology_devices`; nothing can run on it.
   """
 
@@ -80,6 +81,7 @@ class Data:
     converter: 'decoder_only' or 'encoder_decoder'.
     vocab_size: of the model.
     seed: of shuffling.
+    num_shards: into which the data are split, see `moe_jax.data.batches`.
   """
 
   task: str
@@ -89,6 +91,7 @@ class Data:
   converter: str
   vocab_size: int
   seed: int = 0
+  num_shards: int | None = None
 
   def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of a batch; reads nothing."""
@@ -107,12 +110,12 @@ class Data:
       sharding=sharding.named_sharding(mesh, 'batch', None),
       modules=self.modules,
       vocab_size=self.vocab_size,
-      **{'seed': self.seed, **options},
+      **{'seed': self.seed, 'num_shards': self.num_shards, **options},
     )
 
   def held_out(self, mesh: Mesh, split: str = 'validation') -> 'BatchIterator':
-    """Batches to evaluate on: the same sample of the split every time, whatever the training's seed."""
-    return self.batches(mesh, split, num_epochs=1, seed=0)
+    """Batches to evaluate on: the same sample of the split every time, whatever the training's seed and hosts."""
+    return self.batches(mesh, split, num_epochs=1, seed=0, num_shards=1)
 
   def vocabulary(self) -> Any:
     """The seqio vocabulary of the targets."""
@@ -193,6 +196,12 @@ def build(
     spec = data.spec()
     make_state, state_spec, transform = init_state(objective, optimizer, spec, mesh, seed)
   return Program(objective, mesh, devices.axis_rules, spec, state_spec, make_state, transform)
+
+
+def use_compilation_cache(folder: str | None) -> None:
+  """Keeps what is compiled for the next start, unless that is arranged for already; None does not."""
+  if folder and jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+    jax.config.update('jax_compilation_cache_dir', str(Path(folder).expanduser()))
 
 
 def open_model_dir(path: str) -> Path:

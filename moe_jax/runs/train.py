@@ -15,7 +15,8 @@ from moe_jax.analysis.parameters import bytes_per_device, count_parameters
 from moe_jax.decode import Strategy
 from moe_jax.objectives import LanguageModeling
 from moe_jax.runs import infer
-from moe_jax.runs.progress import Progress, describe_loss, say
+from moe_jax.runs.hosts import Preempted, Preemption
+from moe_jax.runs.progress import Profiler, Progress, describe_loss, say
 from moe_jax.runs.report import report
 from moe_jax.runs.setup import (
   Data,
@@ -25,6 +26,7 @@ from moe_jax.runs.setup import (
   build,
   compiled_step,
   open_model_dir,
+  use_compilation_cache,
   variables_of,
 )
 from moe_jax.training.checkpoints import Checkpointer
@@ -50,6 +52,9 @@ def train(
   seed: int = 0,
   strategy: Strategy | None = None,
   max_new_tokens: int = 128,
+  async_checkpoints: bool = True,
+  compilation_cache: str | None = None,
+  profile_steps: str | None = None,
   dry_run: bool = False,
   config: str = '',
 ) -> dict[str, Any]:
@@ -69,6 +74,9 @@ def train(
     seed: of weights, dropout and jitter; `data` has its own.
     strategy: how to go on from a validation text at the end, to show what was learnt; None does not.
     max_new_tokens: how far.
+    async_checkpoints: writes them while training goes on.
+    compilation_cache: folder where what is compiled is kept for the next start; None does not.
+    profile_steps: 'first:last', steps to trace with JAX's profiler into `model_dir`/profile.
     dry_run: builds everything, says how large it is, and stops.
     config: the operative configuration, kept beside the results.
 
@@ -77,11 +85,15 @@ def train(
 
   Raises:
     ConfigError: if the pieces do not fit together, or the loss is no longer a number.
+    Preempted: on SIGTERM, when all is saved.
   """
   at_least_one(
     TRAIN_STEPS=train_steps, EVAL_STEPS=eval_steps, EVAL_PERIOD=eval_period, CHECKPOINT_PERIOD=checkpoint_period,
     LOG_PERIOD=log_period, MICROBATCHES=microbatches, BATCH_SIZE=data.batch_size,
   )  # fmt: skip
+  started = time.perf_counter()
+  profiler = Profiler(profile_steps)
+  use_compilation_cache(compilation_cache)
   program = build(objective, optimizer, data, devices, seed, microbatches)
   summary = describe(program)
   say(f'{summary["parameters"]:,} parameters, {summary["active_parameters"]:,} active per token')
@@ -95,7 +107,8 @@ def train(
   folder, main = open_model_dir(model_dir), jax.process_index() == 0
   objective = data.tell_bytes(objective)
 
-  with program.activate(), Checkpointer(folder, keep=checkpoints_to_keep) as checkpointer:
+  checkpoints = Checkpointer(folder, keep=checkpoints_to_keep, asynchronous=async_checkpoints)
+  with program.activate(), checkpoints as checkpointer, Preemption(checkpointer) as preemption:
     # ---- Begin, or go on --------------------------------------------------------------------------------------------
     batches = data.batches(program.mesh, 'train')
     if checkpointer.latest_step() is None:
@@ -117,24 +130,32 @@ def train(
 
     # ---- Train ------------------------------------------------------------------------------------------------------
     with MetricsLog(folder, resume_step=first) as log, Progress(first, train_steps) as progress:
-      logged = time.perf_counter()
+      logged, productive = time.perf_counter(), 0.0
       waiting: list[tuple[int, Any]] = []
       for step in range(first + 1, train_steps + 1):
+        profiler.before(step, folder)
+        called = time.perf_counter()
         state, metrics = update(state, next(batches))
+        if step == first + 1:  # this call compiles, which is no work on the model
+          logged += time.perf_counter() - called
         waiting.append((step, metrics))
-        last = step == train_steps
+        profiler.after(step, state)
+        preempted = preemption.reached(step)
+        last = step == train_steps or preempted
         if step % log_period == 0 or step % checkpoint_period == 0 or step % eval_period == 0 or last:
           waiting = [(number, jax.device_get(values)) for number, values in waiting]
           for number, values in waiting:
             check_finite(number, values, checkpointer)
           now = time.perf_counter()
           seconds, tokens = (now - logged) / len(waiting), sum(values['target_tokens'] for _, values in waiting)
+          productive += now - logged
           values = {**waiting[-1][1], 'step_seconds': seconds, 'tokens_per_second': tokens / (now - logged)}
+          values['goodput'] = productive / (now - started)
           values = with_bits_per_byte(values)
           log.write(step, 'train', values)
           progress.update(step, values)
           waiting, logged = [], now
-        if step % eval_period == 0 or last:
+        if (step % eval_period == 0 or last) and not preempted:
           values = validate(state)
           log.write(step, 'validation', values)
           progress.note(f'step {step}: validation {describe_loss(values)}')
@@ -143,6 +164,9 @@ def train(
         if step % checkpoint_period == 0 or last:
           checkpointer.save(state, batches)
           logged = time.perf_counter()
+        if preempted:
+          checkpointer.wait()
+          raise Preempted(f'SIGTERM: saved at step {step} and stopped. The same command goes on from there.')
     if first >= train_steps:
       say(f'Nothing left to train: TRAIN_STEPS={train_steps} and the run is at step {first}.')
       summary['validation_bits_per_byte'] = validate(state).get('bits_per_byte')

@@ -52,9 +52,10 @@ class Checkpointer:
     model_dir: the run's folder.
     keep: how many of the newest to keep.
     read_only: writes and cleans nothing, for evaluation beside a running training.
+    asynchronous: writes while training goes on.
   """
 
-  def __init__(self, model_dir: Path, keep: int = 2, read_only: bool = False):
+  def __init__(self, model_dir: Path, keep: int = 2, read_only: bool = False, asynchronous: bool = True):
     directory = Path(model_dir).absolute() / 'checkpoints'
     if read_only and not directory.exists():
       raise ConfigError(f'No checkpoints in {directory}: train there first, or set MODEL_DIR.')
@@ -62,7 +63,10 @@ class Checkpointer:
       directory,
       item_handlers={'state': ocp.PyTreeCheckpointHandler(), 'data': _IteratorHandler()},
       options=ocp.CheckpointManagerOptions(
-        max_to_keep=None if read_only else keep, create=not read_only, read_only=read_only
+        max_to_keep=None if read_only else keep,
+        create=not read_only,
+        read_only=read_only,
+        enable_async_checkpointing=asynchronous,
       ),
     )
     self.directory = directory
@@ -130,6 +134,10 @@ class Checkpointer:
           ' Use its configuration (config.gin beside it), or another MODEL_DIR.'
         )
 
+  def reached_preemption(self, step: int) -> bool:
+    """Whether some host of several is about to be taken away, so that all save after this step and stop."""
+    return self._manager.reached_preemption(step)
+
   def wait(self) -> None:
     """Waits until what was being saved is whole."""
     self._manager.wait_until_finished()
@@ -143,7 +151,8 @@ class Checkpointer:
     return self
 
   def __exit__(self, *error: object) -> None:
-    self.close()
+    if error[0] is None or jax.process_count() == 1:  # else another host may be gone, and waiting for it is for ever
+      self.close()
 
 
 def _as_dict(state: TrainState) -> dict[str, PyTree]:

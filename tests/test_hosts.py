@@ -1,0 +1,140 @@
+"""One run on two processes, then four, then one; killed and preempted on the way: it is as if nothing had happened."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from moe_jax.runs import hosts
+from moe_jax.types import ConfigError
+
+ROOT = pathlib.Path(__file__).parents[1]
+SMALL = {
+  **{'NUM_LAYERS': 2, 'EMBED_DIM': 32, 'MLP_DIM': 64, 'EXPERT_MLP_DIM': 64, 'NUM_HEADS': 2, 'HEAD_DIM': 16},
+  **{'BATCH_SIZE': 8, 'GROUP_SIZE': 64, 'TASK_FEATURE_LENGTHS': {'targets': 64}, 'DATA_SHARDS': 4},
+  **{'EVAL_STEPS': 1, 'EVAL_PERIOD': 10**6, 'CHECKPOINT_PERIOD': 20, 'LOG_PERIOD': 1, 'MAX_NEW_TOKENS': 2},
+}
+FOREVER = 10**5
+
+
+def start(folder, processes, steps):
+  """A run as so many processes, with eight devices in all."""
+  with socket.socket() as probe:
+    probe.bind(('localhost', 0))
+    address = f'localhost:{probe.getsockname()[1]}'
+  bindings = {**SMALL, 'MODEL_DIR': str(folder), 'TRAIN_STEPS': steps, 'FAKE_DEVICES': 8 // processes}
+  command = [sys.executable, 'run.py', '--gin_file=gin/experiments/quickstart.gin']
+  command += [f'--gin.{name}={value!r}' for name, value in bindings.items()]
+  joined = [f'--coordinator_address={address}', f'--num_processes={processes}']
+  return [
+    subprocess.Popen(
+      [*command, *([*joined, f'--process_id={i}'] if processes > 1 else [])],
+      cwd=ROOT,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+      env={**os.environ, 'LOCAL_TEXT_GLOB': str(folder.parent / 'corpus' / '*.py')},
+    )
+    for i in range(processes)
+  ]
+
+
+def write_corpus(folder):
+  (folder / 'corpus').mkdir()
+  for i in range(16):
+    (folder / 'corpus' / f'{i}.py').write_text(f'def f{i}(x):\n  return x + {i}\n\n\n' * 200)
+
+
+def losses(folder):
+  """Step -> loss, of training."""
+  path = folder / 'metrics.jsonl'
+  lines = path.read_text().splitlines() if path.exists() else []
+  rows = [json.loads(line) for line in lines if line.endswith('}')]
+  return {row['step']: row['loss'] for row in rows if row['split'] == 'train'}
+
+
+def wait_for(condition, processes, seconds=240):
+  end = time.monotonic() + seconds
+  while not condition():
+    assert time.monotonic() < end, 'too slow'
+    ended = [process for process in processes if process.poll() is not None]
+    assert not ended, ended[0].communicate()[0][-3000:]
+    time.sleep(0.05)
+
+
+def finish(processes, code, seconds=240):
+  """What the processes said, after they have ended as they should."""
+  try:
+    said = [process.communicate(timeout=seconds)[0] for process in processes]
+  finally:
+    for process in processes:
+      process.kill()
+  assert [process.returncode for process in processes] == [code] * len(processes), '\n'.join(said)[-6000:]
+  return said
+
+
+def test_killed_moved_and_preempted_a_run_is_the_same(tmp_path):
+  folder, whole = tmp_path / 'run', tmp_path / 'whole'
+  write_corpus(tmp_path)
+
+  # Two processes, and the second is killed: the first says so and stops.
+  first, second = start(folder, 2, FOREVER)
+  wait_for(lambda: (folder / 'checkpoints' / '20').exists(), [first, second])
+  second.send_signal(signal.SIGKILL)
+  killed = time.monotonic()
+  (said,) = finish([first], 1, seconds=60)
+  assert time.monotonic() - killed < 60
+  assert said.splitlines()[-1] == hosts.LOST
+  second.communicate()
+  reached = max(losses(folder))
+
+  # Four processes go on, and one of them is told that its machine goes away: all save, and stop.
+  four = start(folder, 4, FOREVER)
+  wait_for(lambda: max(losses(folder)) > reached, four)
+  four[2].send_signal(signal.SIGTERM)
+  said = finish(four, 128 + signal.SIGTERM)
+  assert 'Going on from step' in said[0] and 'SIGTERM: saved at step' in said[0]
+  saved = max(int(path.name) for path in (folder / 'checkpoints').iterdir() if path.name.isdigit())
+  assert f'saved at step {saved} ' in said[0]
+
+  # One process ends it.
+  (said,) = finish(start(folder, 1, saved + 5), 0)
+  assert f'Going on from step {saved} ' in said
+  finish(start(whole, 1, saved + 5), 0)
+  actual, expected = losses(folder), losses(whole)
+  assert list(actual) == list(expected) == list(range(1, saved + 6))
+  np.testing.assert_allclose([*actual.values()], [*expected.values()], rtol=2e-5)
+
+
+def test_one_process_that_is_told_to_stop_saves_first(tmp_path):
+  folder = tmp_path / 'run'
+  write_corpus(tmp_path)
+  (process,) = start(folder, 1, FOREVER)
+  wait_for(lambda: losses(folder), [process])
+  process.send_signal(signal.SIGTERM)
+  (said,) = finish([process], 128 + signal.SIGTERM)
+  step = max(losses(folder))
+  assert f'SIGTERM: saved at step {step} ' in said
+  assert (folder / 'checkpoints' / str(step)).exists()
+  rows = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+  assert all(0 < row['goodput'] <= 1 for row in rows)
+
+
+@pytest.mark.parametrize(
+  ('given', 'message'),
+  [
+    (('localhost:1', 2, None), '--process_id is missing'),
+    ((None, 2, 0), '--coordinator_address is missing'),
+    (('localhost:1', 2, 2), '--process_id=2 is not below --num_processes=2'),
+  ],
+)
+def test_processes_that_cannot_be_joined(given, message):
+  with pytest.raises(ConfigError, match=message):
+    hosts.join(*given)
