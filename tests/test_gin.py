@@ -55,7 +55,7 @@ def test_every_experiment_takes_a_step_at_toy_size(experiment):
       batch[name] = jax.device_put(values.astype(spec.dtype), rows)
     state, step = program.make_state(), compiled_step(program, bound['objective'])
     for _ in range(2):
-      state, metrics = step(state, batch)
+      state, metrics = jax.block_until_ready(step(state, batch))
   assert int(state.step) == 2
   assert 4 < float(metrics['cross_entropy']) < 12 and float(metrics['gradient_norm']) > 0
 

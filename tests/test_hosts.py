@@ -19,7 +19,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 SMALL = {
   **{'NUM_LAYERS': 2, 'EMBED_DIM': 32, 'MLP_DIM': 64, 'EXPERT_MLP_DIM': 64, 'NUM_HEADS': 2, 'HEAD_DIM': 16},
   **{'BATCH_SIZE': 8, 'GROUP_SIZE': 64, 'TASK_FEATURE_LENGTHS': {'targets': 64}, 'DATA_SHARDS': 4},
-  **{'EVAL_STEPS': 1, 'EVAL_PERIOD': 10**6, 'CHECKPOINT_PERIOD': 20, 'LOG_PERIOD': 1, 'MAX_NEW_TOKENS': 2},
+  **{'EVAL_STEPS': 1, 'EVAL_PERIOD': 10**6, 'CHECKPOINT_PERIOD': 20, 'LOG_PERIOD': 1, 'MAX_NEW_TOKENS': 2, 'LEARNING_RATE': 0.001},
 }
 FOREVER = 10**5
 
@@ -110,7 +110,7 @@ def test_killed_moved_and_preempted_a_run_is_the_same(tmp_path):
   finish(start(whole, 1, saved + 5), 0)
   actual, expected = losses(folder), losses(whole)
   assert list(actual) == list(expected) == list(range(1, saved + 6))
-  np.testing.assert_allclose([*actual.values()], [*expected.values()], rtol=2e-5)
+  np.testing.assert_allclose([*actual.values()], [*expected.values()], rtol=1e-4)
 
 
 def test_one_process_that_is_told_to_stop_saves_first(tmp_path):

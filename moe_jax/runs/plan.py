@@ -201,7 +201,8 @@ def measures(ops: Sequence[Operation], mesh: jax.sharding.Mesh, chip: Chip | Non
     elif op.cycles is not None:
       spent += op.times * op.cycles
       matmuls += op.times * op.cycles if op.matmul else 0
-      sources.add((shorter(op.line), op.source.split('/')[-1]), op.times, op.times * op.cycles)
+      name = op.source.split('/')[-1] or op.kind  # what the compiler put in itself has no source
+      sources.add((shorter(op.line), name), op.times, op.times * op.cycles)
   seconds = step_seconds(ops, chip, list(mesh.devices.flat)) if chip else None
   return {
     'cycles': spent or None,
@@ -242,6 +243,8 @@ def advice(result: Mapping[str, Any]) -> list[str]:
     return []
   size, kept = result['hbm_bytes'], result['bytes']['params'] + result['bytes']['optimizer']
   hints = ["REMAT='full', if it is not yet", f'MICROBATCHES={2 * result["microbatches"]}']
+  if 2 * (result['bytes']['dispatch_buffers'] or 0) > size:
+    hints.insert(0, 'RAGGED_BOUND=2.0, or a CAPACITY_FACTOR: rows on the way to experts alone take half')
   if kept > size / 2:
     hints.insert(0, 'gin/meshes/fsdp.gin, if it is not used yet, or more chips: weights and optimizer alone take half')
   return [*hints, "more of MESH's 'model'", '--search tries these']
