@@ -19,7 +19,14 @@ ROOT = pathlib.Path(__file__).parents[1]
 SMALL = {
   **{'NUM_LAYERS': 2, 'EMBED_DIM': 32, 'MLP_DIM': 64, 'EXPERT_MLP_DIM': 64, 'NUM_HEADS': 2, 'HEAD_DIM': 16},
   **{'BATCH_SIZE': 8, 'GROUP_SIZE': 64, 'TASK_FEATURE_LENGTHS': {'targets': 64}, 'DATA_SHARDS': 4},
-  **{'EVAL_STEPS': 1, 'EVAL_PERIOD': 10**6, 'CHECKPOINT_PERIOD': 20, 'LOG_PERIOD': 1, 'MAX_NEW_TOKENS': 2, 'LEARNING_RATE': 0.001},
+  **{
+    'EVAL_STEPS': 1,
+    'EVAL_PERIOD': 10**6,
+    'CHECKPOINT_PERIOD': 20,
+    'LOG_PERIOD': 1,
+    'MAX_NEW_TOKENS': 2,
+    'LEARNING_RATE': 0.001,
+  },
 }
 FOREVER = 10**5
 
