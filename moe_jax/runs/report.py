@@ -93,8 +93,11 @@ def report(model_dirs: Sequence[str | Path], output: str | Path | None = None) -
   jinja = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
   jinja.filters['si'] = lambda value: EngFormatter(places=1, sep='')(value).replace('.0', '').replace('G', 'B')
   jinja.tests['known'] = lambda value: isinstance(value, (int, float)) and value == value
-  page = jinja.get_template('report.html.j2').render(runs=runs, figures=[key_figures(run) for run in runs], **panels)
   folder = Path(model_dirs[0]) if len(runs) == 1 else Path(model_dirs[0]).parent
+  planned = output is None and (folder / 'plan.html').exists()
+  page = jinja.get_template('report.html.j2').render(
+    runs=runs, figures=[key_figures(run) for run in runs], planned=planned, **panels
+  )
   path = Path(output or folder / 'report.html')
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text(page, encoding='utf-8')
