@@ -1,11 +1,14 @@
 """The launch script against a gcloud that only remembers what it was asked for, and hosts that are this machine."""
 
+import contextlib
 import json
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -87,33 +90,90 @@ def test_install_copies_the_checkout_and_nothing_heavy(launch):
   scp, *commands = calls
   assert scp[3] == 'scp' and scp[5] == 'moe:' and {'--node=all', '--worker=all'} <= set(scp)
   names = subprocess.run(['tar', 'tzf', scp[4]], capture_output=True, text=True, check=True).stdout.splitlines()
-  assert {'./run.py', './requirements.txt', './moe_jax/scripts/tpu_vm.sh'} <= set(names)
-  assert not any(name.startswith(('./.git/', './.venv', './runs')) for name in names)
+  code = {
+    f'./{path.relative_to(ROOT)}' for folder in ('moe_jax', 'gin', 'tasks') for path in (ROOT / folder).rglob('*.*')
+  }
+  assert {name for name in code if '__pycache__' not in name} | {'./run.py', './requirements.txt'} <= set(names)
+  assert not any(name.startswith(('./.', './runs')) or '__pycache__' in name for name in names)
   assert all({'--node=all', '--worker=all'} <= set(call) for call in commands)
   for call in commands:
     subprocess.run(['bash', '-n', '-c', call[-1].removeprefix('--command=')], check=True)
-  assert 'gcsfuse --implicit-dirs my\\ bucket runs' in commands[-1][-1]
+  assert 'echo my\\ bucket > run.bucket' in commands[-1][-1] and 'gcsfuse --implicit-dirs' in commands[-1][-1]
 
 
-def test_run_gives_every_host_the_arguments_as_they_are(launch, tmp_path):
+@pytest.fixture
+def host(launch, tmp_path):
+  """`host(call)` does here what gcloud would do on a host, whose Python notes its arguments, and runs until SIGTERM."""
+  folder = tmp_path / 'home' / 'moe_jax'
+  python = folder / '.venv' / 'bin' / 'python'
+  python.parent.mkdir(parents=True)
+  python.write_text(
+    f'#!{sys.executable}\nimport json, os, signal, sys, time\n'
+    'print(json.dumps([os.getpid(), *sys.argv[1:]]), flush=True)\n'
+    "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), print('saved', flush=True), os._exit(143)))\n"
+    "print('trains', flush=True)\ntime.sleep(600)\n"
+  )
+  python.chmod(0o755)
+
+  def call(remote):
+    remote = remote[-1].removeprefix('--command=')
+    return subprocess.run(['bash', '-c', remote], cwd=folder.parent, capture_output=True, text=True, timeout=60)
+
+  yield call, folder
+  if (folder / 'run.pid').exists():
+    with contextlib.suppress(ProcessLookupError):
+      os.kill(int((folder / 'run.pid').read_text()), signal.SIGKILL)
+
+
+def wait_for(path, text):
+  for _ in range(600):
+    if path.exists() and text in path.read_text():
+      return
+    time.sleep(0.1)
+  raise AssertionError(f'{path} lacks {text!r}')
+
+
+def test_run_gives_every_host_the_arguments_as_they_are_and_stop_waits(launch, host):
+  on_host, folder = host
   given = [
     '--gin_file=gin/experiments/quickstart.gin',
-    "--gin.MODEL_DIR='runs/it'",
+    "--gin.MODEL_DIR='gs://x'",
     '--gin.MESH={"data": -1}',
-    'a b $HOME *',
+    'a  b $HOME `id` \\ * \n !',
+    '',
   ]
-  done, (call,) = launch('run', *WHERE, '--', *given)
-  assert done.returncode == 0 and {'--node=all', '--worker=all'} <= set(call)
-  python = tmp_path / 'home' / 'moe_jax' / '.venv' / 'bin' / 'python'
-  python.parent.mkdir(parents=True)
-  python.write_text(f'#!{sys.executable}\nimport json, os, sys\nprint(json.dumps([os.getpid(), *sys.argv[1:]]))\n')
-  python.chmod(0o755)
-  remote = call[-1].removeprefix('--command=') + '\nwait'
-  subprocess.run(['bash', '-c', remote], cwd=tmp_path / 'home', check=True, timeout=60)
-  folder = tmp_path / 'home' / 'moe_jax'
-  process, *received = json.loads((folder / 'run.log').read_text())
+  done, (start,) = launch('run', *WHERE, '--', *given)
+  assert done.returncode == 0 and {'--node=all', '--worker=all'} <= set(start)
+  _, (_, status) = launch('status', *WHERE)
+  _, (stop,) = launch('stop', *WHERE)
+
+  assert 'does not run' in on_host(status).stdout
+  assert on_host(start).returncode == 0
+  wait_for(folder / 'run.log', 'trains')
+  process, *received = json.loads((folder / 'run.log').read_text().splitlines()[0])
   assert received == ['-u', 'run.py', '--distributed', *given]
-  assert int((folder / 'run.pid').read_text()) == process  # which `stop` sends SIGTERM
+  assert int((folder / 'run.pid').read_text()) == process
+
+  again = on_host(start)
+  assert again.returncode == 1 and 'runs already' in again.stderr
+  assert int((folder / 'run.pid').read_text()) == process and 'does not' not in on_host(status).stdout
+
+  done = on_host(stop)
+  assert done.returncode == 0 and 'does not run' in done.stdout, done.stderr
+  assert (folder / 'run.log').read_text().splitlines()[-1] == 'saved'
+  assert on_host(stop).returncode == 0
+  assert 'does not run' in on_host(status).stdout
+
+
+def test_a_reboot_does_not_part_a_run_from_its_bucket(launch, host, tmp_path):
+  on_host, folder = host
+  (folder / 'run.bucket').write_text('my bucket')
+  (tmp_path / 'bin' / 'gcsfuse').write_text('#!/bin/sh\necho "$@"; exit 7\n')
+  (tmp_path / 'bin' / 'gcsfuse').chmod(0o755)
+  _, (start,) = launch('run', *WHERE, '--', 'x')
+  done = on_host([f'PATH={tmp_path / "bin"}:$PATH\n{start[-1].removeprefix("--command=")}'])
+  assert (done.returncode, done.stdout) == (7, '--implicit-dirs my bucket runs\n')
+  assert not (folder / 'run.pid').exists()
 
 
 @pytest.mark.parametrize(
@@ -126,7 +186,7 @@ def test_run_gives_every_host_the_arguments_as_they_are(launch, tmp_path):
     (['delete'], ['delete', 'moe', '--zone=us-central2-b', '--force', '--quiet']),
     (
       ['fetch', '--', 'runs/it'],
-      ['scp', '--recurse', 'moe:moe_jax/runs/it', '.', '--node=0', '--worker=0', '--zone=us-central2-b'],
+      ['scp', 'moe:moe_jax/runs/it', '.', '--recurse', '--node=0', '--worker=0', '--zone=us-central2-b'],
     ),
   ],
 )

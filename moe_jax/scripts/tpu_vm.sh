@@ -8,7 +8,7 @@
 #   run       starts `run.py --distributed ARGUMENTS` on every host, in the background
 #   logs      follows the log of the first host
 #   status    state of the TPU, and on which hosts the run is alive
-#   stop      has the run save and stop (SIGTERM)
+#   stop      has the run save and stop (SIGTERM), and waits until it has
 #   fetch     copies a folder, ARGUMENTS or runs, from the first host to here
 #   delete    gives the TPU back
 #
@@ -26,6 +26,9 @@ set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 poll_seconds=${POLL_SECONDS:-30}
+# Whether a host's run is alive; a number left over from before a reboot may be another program's by now.
+alive='grep -qsa run.py "/proc/$(cat run.pid 2> /dev/null || echo none)/cmdline"'
+mount='mkdir -p runs && { mountpoint -q runs || gcsfuse --implicit-dirs "$(cat run.bucket)" runs; }'
 
 fail() {
   echo "$1" >&2
@@ -99,7 +102,8 @@ wait_until_active() {
 install() {
   local archive
   archive=$(mktemp -d)/moe_jax.tar.gz
-  run tar --create --gzip --file "$archive" --exclude .git --exclude .venv --exclude runs --directory "$here" .
+  # From the top only: moe_jax/runs and gin/runs are code.
+  run tar --create --gzip --file "$archive" --exclude './.*' --exclude ./runs --exclude __pycache__ --directory "$here" .
   copy "$archive" "$name:" --node=all --worker=all --batch-size=all
   everywhere 'mkdir -p moe_jax && tar --extract --gzip --file moe_jax.tar.gz --directory moe_jax'
   # The VMs' own Python is too old; uv brings one.
@@ -113,17 +117,19 @@ install() {
       curl https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo apt-key add - &&
       sudo apt-get update && sudo apt-get install -y gcsfuse
     }
-    cd moe_jax && mkdir -p runs && { mountpoint -q runs || gcsfuse --implicit-dirs '"$(printf %q "$bucket")"' runs; }'
+    cd moe_jax && echo '"$(printf %q "$bucket")"' > run.bucket && '"$mount"
 }
 
 start() {
   (($#)) || fail 'run needs arguments of run.py after --, such as -- --gin_file=gin/experiments/quickstart.gin'
   local arguments
   arguments=$(printf '%q ' "$@")
-  everywhere 'cd moe_jax && {
-      nohup setsid .venv/bin/python -u run.py --distributed '"$arguments"' > run.log 2>&1 < /dev/null &
-      echo $! > run.pid
-    }'
+  # gcloud starts a command again when the connection breaks: a second run beside the first would ruin both.
+  everywhere 'cd moe_jax || exit
+    if '"$alive"'; then echo "$(hostname) runs already: stop it first." >&2; exit 1; fi
+    if test -e run.bucket; then '"$mount"' || exit; fi
+    nohup setsid .venv/bin/python -u run.py --distributed '"$arguments"' >> run.log 2>&1 < /dev/null &
+    echo $! > run.pid'
 }
 
 command=${1:-}
@@ -155,10 +161,14 @@ case $command in
   logs) on_the_first 'tail -n 100 -F moe_jax/run.log' ;;
   status)
     queued describe '--format=value(state.state)'
-    everywhere 'kill -0 "$(cat moe_jax/run.pid)" && echo "$(hostname) runs" || echo "$(hostname) does not run"'
+    everywhere 'cd moe_jax && '"$alive"' && echo "$(hostname) runs" || echo "$(hostname) does not run"'
     ;;
-  stop) everywhere 'kill -TERM "$(cat moe_jax/run.pid)"' ;;
-  fetch) copy --recurse "$name:moe_jax/${1:-runs}" . --node=0 --worker=0 ;;
+  stop)
+    everywhere 'cd moe_jax || exit
+      if '"$alive"'; then kill -TERM "$(cat run.pid)" && timeout 600 tail --pid="$(cat run.pid)" -f /dev/null || exit; fi
+      echo "$(hostname) does not run"'
+    ;;
+  fetch) copy "$name:moe_jax/${1:-runs}" . --recurse --node=0 --worker=0 ;;
   delete) queued delete --force --quiet ;;
   *) fail "Unknown command $command: create, install, run, logs, status, stop, fetch or delete." ;;
 esac
