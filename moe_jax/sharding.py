@@ -44,22 +44,13 @@ def fsdp_rules() -> AxisRules:
   return (*_ACTIVATIONS, *_EXPERTS, *_DENSE, *_WHOLE, ('embed', ('data', 'expert')), ('embed', 'data'))
 
 
-def fsdp_2d_rules() -> AxisRules:
-  """As `fsdp_rules`, but a weight's other axis is the one that is split over the expert axis.
-
-  On large pods a device's share of a row is else thinner than a TPU's tile, and fetching it costs twice. Heads, hidden
-  widths and the vocabulary have to divide over the expert axis.
-  """
-  wide = tuple((name, ('expert', 'model')) for name, _ in _DENSE)  # activations have their rows there, which go first
-  return (*_ACTIVATIONS, *_EXPERTS, *wide, *_WHOLE, ('embed', 'data'))
-
-
 def tensor_over_experts_rules() -> AxisRules:
-  """As `fsdp_2d_rules`, but what is no expert layer takes the expert axis for tensor parallelism, not for more data.
+  """As `fsdp_rules`, but what is no expert layer takes the expert axis for tensor parallelism, not for more data.
 
   Its tokens then are whole along the expert axis, and are split over it on the way into an expert layer.
   """
-  return (('batch', ('replica', 'data')), *fsdp_2d_rules()[1:])
+  wide = tuple((name, ('expert', 'model')) for name, _ in _DENSE)
+  return (('batch', ('replica', 'data')), *_ACTIVATIONS[1:], *_EXPERTS, *wide, *_WHOLE, ('embed', 'data'))
 
 
 def mesh_shape(wish: Mapping[str, int], num_devices: int, num_experts: int = 0, num_slices: int = 1) -> dict[str, int]:

@@ -99,16 +99,6 @@ def test_experts_and_dense_layers_split_the_same_devices_differently(mesh):
     assert spec(rules, mesh(2, 2, 2), *names) == PartitionSpec(*where)
 
 
-def test_weights_split_along_two_axes_are_whole_where_they_are_used(mesh):
-  rules = sharding.fsdp_2d_rules()
-  for names, where in [
-    (('embed', None, 'mlp'), ('data', None, ('expert', 'model'))),  # a weight
-    (('batch', None, 'mlp'), (('replica', 'data', 'expert'), None, None)),  # an activation
-    (('expert', 'embed', None, 'expert_mlp'), ('expert', 'data', None, 'model')),
-  ]:
-    assert spec(rules, mesh(2, 2, 1), *names) == PartitionSpec(*where)
-
-
 def test_slices_differ_in_replicas_alone():
   shape = sharding.mesh_shape({'data': -1, 'expert': -1}, 64, 16, num_slices=2)
   assert shape == {'replica': 2, 'data': 2, 'expert': 16, 'model': 1}
