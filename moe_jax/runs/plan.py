@@ -43,7 +43,7 @@ def plan(
   """Compiles a step and tells what it takes, per chip.
 
   Args:
-    model_dir: where plan.json and plan.html go.
+    model_dir: where plan.json, plan.html and plan.gin, the configuration, go.
     objective: model and loss.
     optimizer: makes the optimizer, whose state and update are part of the training step.
     data: for the shapes of a batch; nothing is read.
@@ -63,6 +63,7 @@ def plan(
   at_least_one(MICROBATCHES=microbatches, MAX_NEW_TOKENS=max_new_tokens, BATCH_SIZE=data.batch_size)
   if step not in ('train', 'decode'):
     raise ConfigError(f"STEP={step!r} is none of 'train', 'decode'.")
+  folder = open_model_dir(model_dir)
   program = build(objective, optimizer, data, devices, microbatches=microbatches)
   mesh, chip = program.mesh, chip_of(program.mesh.devices.flat[0])
   with program.activate():
@@ -102,37 +103,36 @@ def plan(
     with compiling(f'compiling the {step} step'):
       lowered = function.lower(*args)
       try:
-        compiled, wanted = lowered.compile(), None
+        compiled = lowered.compile()
       except jax.errors.JaxRuntimeError as error:
-        compiled, wanted = None, wanted_bytes(error)
+        compiled = None
+        result['bytes'] |= wanted_bytes(error, result['bytes']['params'] + result['bytes']['optimizer'])
     result['compile_seconds'] = round(time.perf_counter() - started, 1)
   if compiled is None:
     result |= dict.fromkeys(('cycles', 'matmul_cycles', 'uncosted', 'collectives', 'step_seconds', 'top_operations'))
-    result['fits'], result['bytes']['total'] = False, wanted
+    result['fits'] = False
   else:
-    text = compiled.as_text()
-    result |= measures(operations(text), mesh, chip)
-    memory = compiled.memory_analysis()
-    result['bytes']['temporaries'] = memory.temp_size_in_bytes
-    result['bytes']['total'] = total = (
-      memory.argument_size_in_bytes
-      + memory.temp_size_in_bytes
-      + memory.output_size_in_bytes
-      - memory.alias_size_in_bytes
-      + memory.generated_code_size_in_bytes
-    )
-    result['fits'] = None if chip is None else total <= chip.memory
+    result |= measures(operations(compiled.as_text()), mesh, chip)
+    result['bytes'] |= held_bytes(compiled)
+    result['fits'] = None if chip is None else result['bytes']['total'] <= chip.memory
     if chip and step == 'train':
       ideal = model_flops(objective.model, program.batch_spec) / (mesh.size * chip.peak)
       result |= {f'mfu{k}': ideal / result['step_seconds'][n] for k, n in [('', 'overlapped'), ('_serial', 'serial')]}
   result['advice'] = advice(result)
-  folder = open_model_dir(model_dir)
   (folder / 'plan.json').write_text(json.dumps(result, indent=2))
-  (folder / 'config.gin').write_text(config)
+  (folder / 'plan.gin').write_text(config)
   plan_page.write(result, folder / 'plan.html')
   plan_page.show([result])
   say(f'\nplan: {folder / "plan.html"}')
   return result
+
+
+def held_bytes(compiled: Any) -> dict[str, int]:
+  """What one device holds while a compiled program runs: its temporaries, and all with arguments, results and code."""
+  memory = compiled.memory_analysis()
+  kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+  temporaries = memory.temp_size_in_bytes
+  return {'temporaries': temporaries, 'total': kept + temporaries + memory.generated_code_size_in_bytes}
 
 
 def _batch(program: Program) -> dict[str, jax.ShapeDtypeStruct]:
@@ -176,16 +176,29 @@ def decode_step(program: Program, max_new_tokens: int) -> tuple[Any, tuple[PyTre
   return jax.jit(extend, donate_argnums=1), (variables, cache, token)
 
 
-def wanted_bytes(error: Exception) -> int | None:
-  """What a program wants that the compiler found too large.
+def wanted_bytes(error: Exception, kept: int) -> dict[str, int]:
+  """What a program wants that the compiler found too large, by its message; nothing where that does not say.
+
+  Args:
+    error: of the compiler.
+    kept: bytes of what the program is given, which the compiler may leave out.
 
   Raises:
     ConfigError: if it failed for another reason.
   """
-  if 'RESOURCE_EXHAUSTED' not in str(error) and 'Ran out of memory' not in str(error):
-    raise ConfigError(f'The compiler refuses this program: {str(error).splitlines()[0]}') from error
-  found = re.search(r'Used ([\d.]+)([KMGT]?) of', str(error))
-  return round(float(found[1]) * 1024 ** ' KMGT'.index(found[2] or ' ')) if found else None
+  message = str(error)
+  if 'RESOURCE_EXHAUSTED' not in message:
+    raise ConfigError(f'The compiler refuses this program: {message.splitlines()[0]}') from error
+  if found := re.search(r'Used ([\d.]+)([KMGT]?) of', message):
+    return {'total': _read_size(*found.groups())}
+  if found := re.search(r'temporaries \(([\d.]+)([KMGT]?)\) exceed', message):
+    temporaries = _read_size(*found.groups())
+    return {'temporaries': temporaries, 'total': temporaries + kept}
+  return {}
+
+
+def _read_size(number: str, unit: str) -> int:
+  return round(float(number) * 1024 ** ' KMGT'.index(unit or ' '))
 
 
 def measures(ops: Sequence[Operation], mesh: jax.sharding.Mesh, chip: Chip | None) -> dict[str, Any]:

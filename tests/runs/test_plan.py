@@ -75,9 +75,12 @@ def test_bad_wishes_get_one_line(tmp_path, capsys, more, message):
 
 def test_what_does_not_fit_is_said_with_what_would_help():
   error = RuntimeError('RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm.')
-  assert plan.wanted_bytes(error) == round(20.5 * 2**30)
+  assert plan.wanted_bytes(error, kept=7) == {'total': round(20.5 * 2**30)}
+  error = RuntimeError('RESOURCE_EXHAUSTED: required for HLO temporaries (24.00M) exceeds available HBM (15.75G).')
+  assert plan.wanted_bytes(error, kept=7) == {'temporaries': 24 * 2**20, 'total': 24 * 2**20 + 7}
+  assert plan.wanted_bytes(RuntimeError('RESOURCE_EXHAUSTED: who knows'), kept=7) == {}
   with pytest.raises(ConfigError, match='The compiler refuses this program: UNIMPLEMENTED'):
-    plan.wanted_bytes(RuntimeError('UNIMPLEMENTED: no such thing'))
+    plan.wanted_bytes(RuntimeError('UNIMPLEMENTED: no such thing'), kept=7)
   result = {
     **dict.fromkeys(('cycles', 'matmul_cycles', 'uncosted', 'collectives', 'step_seconds', 'mfu', 'top_operations')),
     **{'step': 'train', 'topology': 'v5e:4x4', 'mesh': {'data': 16}, 'parameters': 10**9, 'flops': 1, 'fits': False},
@@ -156,7 +159,7 @@ def test_a_plan_for_a_tpu(tmp_path, tpu):
 
 def test_a_plan_that_does_not_fit_a_tpu(tmp_path, tpu):
   del tpu
-  sizes = ['--gin.EXPERT_MLP_DIM=2000000', "--gin.TOPOLOGY='v5e:2x2'", '--gin.BATCH_SIZE=4']
+  sizes = ['--gin.NUM_EXPERTS=512', '--gin.EXPERT_MLP_DIM=65536', "--gin.TOPOLOGY='v5e:2x2'", '--gin.BATCH_SIZE=4']
   result = planned(tmp_path / 'plan', *sizes)
   assert result['fits'] is False and result['bytes']['total'] > result['hbm_bytes'] and result['advice']
   assert jax.config.jax_platforms == 'cpu'
