@@ -4,6 +4,7 @@ What is in a batch, `moe_jax/batch.py` says.
 """
 
 import collections
+import contextlib
 import difflib
 import glob
 import importlib
@@ -17,6 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 from moe_jax.batch import batch_spec
+from moe_jax.notices import notice
 from moe_jax.quiet import quiet_stderr
 from moe_jax.types import Array, Batch, ConfigError
 
@@ -152,19 +154,31 @@ class BatchIterator(Iterator[Batch]):
     saved = sorted(glob.glob(f'{glob.escape(path)}-00000-of-*.index'))
     number = int(saved[0].removesuffix('.index')[-5:]) if saved else self._num_shards
     if number != self._num_shards:
+      self._check_origin(_shard_path(path, 0, number))
+      notice(f'DATA_SHARDS={number}: so many places in the data were saved, and are gone on from')
       self._begin(number)
     for index in self._iterators:
       self._restore(index, _shard_path(path, index, number))
 
   def _restore(self, index: int, path: str) -> None:
-    try:
-      saved = tf.train.load_checkpoint(path).get_tensor('origin/.ATTRIBUTES/VARIABLE_VALUE').decode()
-      if saved != self._origin:
-        raise ConfigError(f'{path} is a place in other data: {saved}, not {self._origin}.')
+    self._check_origin(path)
+    with _readable(path):
       self._checkpoint(index).read(path).assert_consumed()
-    except (tf.errors.OpError, AssertionError, LookupError, RuntimeError) as error:
-      message = f'{path}, the place in the data to go on from, is missing or damaged: take an earlier checkpoint.'
-      raise ConfigError(message) from error
+
+  def _check_origin(self, path: str) -> None:
+    with _readable(path):
+      saved = tf.train.load_checkpoint(path).get_tensor('origin/.ATTRIBUTES/VARIABLE_VALUE').decode()
+    if saved != self._origin:
+      raise ConfigError(f'{path} is a place in other data: {saved}, not {self._origin}.')
+
+
+@contextlib.contextmanager
+def _readable(path: str) -> Iterator[None]:
+  try:
+    yield
+  except (tf.errors.OpError, AssertionError, LookupError, RuntimeError) as error:
+    message = f'{path}, the place in the data to go on from, is missing or damaged: take an earlier checkpoint.'
+    raise ConfigError(message) from error
 
 
 def batches(

@@ -35,7 +35,9 @@ _BITS = {'pred': 8, 'bf16': 16}
 _COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.-]+) (?:\(.*)?\{')
 _INSTRUCTION = re.compile(r'^\s+(?:ROOT )?%?([\w.-]+) = (.*?[\])}]) ([a-z][a-z0-9-]*)\((.*)$')
 _ARRAY = re.compile(r'\b([a-z]+\d*\w*)\[([\d,]*)\]')
-_CALLED = re.compile(r'(?:calls|to_apply|called_computations|body|branch_computations)=\{?((?:%?[\w.-]+(?:, )?)+)')
+_CALLED = re.compile(
+  r'(?:calls|to_apply|body|(?:called|branch)_computations|(?:true|false)_computation)=\{?((?:%?[\w.-]+(?:, )?)+)'
+)
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _SOURCE = re.compile(r'op_name="([^"]*)"')
@@ -53,7 +55,7 @@ class Operation:
   Attributes:
     kind: XLA's opcode, such as 'fusion' or 'all-to-all'; the -start of a pair is dropped.
     source: the path of JAX names it comes from.
-    arrays: (dtype, shape) of each result.
+    arrays: (dtype, shape) of each result; of a transfer between slices, of each operand.
     times: how often it runs, by the trip counts of the loops around it.
     cycles: estimated, of one run; None where the compiler gives none.
     matmul: does it multiply matrices?
@@ -88,6 +90,8 @@ class Operation:
   def wire_bytes(self) -> float:
     """That one device sends in one run, by the best algorithm on a ring: 0 for what is no collective."""
     others = (self.ways - 1) / self.ways
+    if self.slow and self.kind in ('all-gather', 'reduce-scatter'):  # `arrays` are what is sent, not what comes of it
+      return self.bytes * (self.ways - 1 if self.kind == 'all-gather' else others)
     match self.kind:
       case 'all-to-all' | 'ragged-all-to-all' | 'all-gather':
         return self.bytes * others
@@ -123,7 +127,8 @@ def collectives(operations: Iterable[Operation]) -> list[Operation]:
 
 def cycles(operations: Iterable[Operation], matmul: bool) -> int:
   """The sum of estimates: of matmuls and what is fused with them, or of all else."""
-  return sum(op.times * op.cycles for op in operations if op.cycles is not None and op.matmul == matmul)
+  costed = (op for op in operations if op.cycles is not None and op.kind not in COLLECTIVES and op.matmul == matmul)
+  return sum(op.times * op.cycles for op in costed if op.cycles is not None)
 
 
 def uncosted_bytes(operations: Iterable[Operation]) -> int:
@@ -203,14 +208,17 @@ def _walk(name: str, program: _Program, times: int) -> Iterator[Operation]:
       trips = _trips(rest, bodies[name], bodies) if kind == 'while' else 1
       if trips is None:  # told as an operation without cycles
         yield Operation('while', found[1] if (found := _SOURCE.search(rest)) else '', (), times, None, False)
-      for body in called:
-        yield from _walk(body, program, times * (trips or 1))
+      inside = [list(_walk(body, program, times * (trips or 1))) for body in called]
+      if kind == 'conditional':  # of its branches the one that costs most
+        inside = [max(inside, key=lambda ops: sum(op.times * (op.cycles or 0) for op in ops), default=[])]
+      yield from (op for ops in inside for op in ops)
       continue
     arrays = tuple((d, tuple(map(int, filter(None, s.split(','))))) for d, s in _ARRAY.findall(_untiled(results)))
     if kind == 'send':  # (operand, context, token)
       arrays = arrays[:1]
-    elif kind != opcode and len(arrays) > 1:  # (operands, results, ...)
-      arrays = arrays[1:2]
+    elif kind != opcode and opcode != 'all-reduce':  # (operands, results, flags), but of an all-reduce the results
+      arrays = tuple(array for array in arrays if array != ('u32', ()))
+      arrays = arrays[len(arrays) // 2 :]
     yield Operation(
       kind=opcode,
       source=found[1] if (found := _SOURCE.search(rest)) else '',
@@ -244,7 +252,7 @@ def _trips(attributes: str, around: Sequence[str], bodies: Mapping[str, list[str
   if 'direction=LT' not in compared or not index or int(index[1]) >= len(begin):
     return None
   bound, first = _constant(names[1], inside), _constant(begin[int(index[1])], outside)
-  return None if bound is None or first is None else bound - first
+  return None if bound is None or first is None or bound < first else bound - first
 
 
 def _by_name(lines: Sequence[str]) -> dict[str, tuple[str, str]]:
@@ -292,7 +300,8 @@ def _line(attributes: str, lines: Mapping[str, str]) -> str:
 def _slices(attributes: str) -> int:
   """How many slices a transfer between slices has for its targets, as in _xla_megascale_target="{1,2}x{0:15}"."""
   found = re.search(r'_xla_megascale_target="\{([^}]*)\}', attributes)
-  return len(found[1].split(',')) if found else 1
+  ends = [list(map(int, part.split(':'))) for part in found[1].split(',')] if found else [[0]]
+  return sum(part[-1] - part[0] + 1 for part in ends)
 
 
 def _group(attributes: str, devices: int) -> tuple[int, ...]:
@@ -310,9 +319,9 @@ def _group(attributes: str, devices: int) -> tuple[int, ...]:
   if 'replica_groups={}' in attributes:
     return tuple(range(devices))
   if found := re.search(r'source_target_pairs=\{(.*?)\}\}', attributes):
-    targets = {int(a): int(b) for a, b in re.findall(r'(\d+),(\d+)', found[1])}
-    chain = [next(iter(targets))]
-    while (following := targets.get(chain[-1], chain[0])) not in chain:
+    targets = {int(a): int(b) for a, b in re.findall(r'(\d+),(\d+)', found[1]) if a != b}
+    chain = list(targets)[:1]
+    while chain and (following := targets.get(chain[-1], chain[0])) not in chain:
       chain.append(following)
     return tuple(chain)
   return ()

@@ -30,8 +30,6 @@ def _count_equation(equation: Any) -> int:
     (contracted, _), _ = params['dimension_numbers']
     left = equation.invars[0].aval.shape
     return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
-  if name.startswith('ragged_dot'):  # [m, k] x [g, k, n]
-    return 2 * math.prod(equation.invars[0].aval.shape) * equation.invars[1].aval.shape[-1]
   if name == 'conv_general_dilated':
     kernel, out = equation.invars[1].aval, equation.outvars[0].aval
     return 2 * math.prod(out.shape) * math.prod(kernel.shape) // kernel.shape[params['dimension_numbers'].rhs_spec[0]]
@@ -62,8 +60,8 @@ def _inside(params: Mapping[str, Any]) -> Iterator[Any]:
 def model_flops(model: nn.Module, batch_spec: Mapping[str, jax.ShapeDtypeStruct]) -> int:
   """What training on a batch needs at least: 6 for each token and each parameter that works on it (Kaplan et al. 2020).
 
-  Parameters of an encoder work on its tokens, all others on the decoder's. The input embedding does no work, and
-  products of attention between tokens are left out, as is what is recomputed.
+  Parameters of an encoder count on its tokens, all others on the decoder's, keys and values of cross-attention too. The
+  input embedding does no work, and products of attention between tokens are left out, as is what is recomputed.
   """
   tokens = {
     side: math.prod(batch_spec[f'{side}_input_tokens'].shape)

@@ -14,8 +14,9 @@ from moe_jax.analysis.compiled import Operation, collectives, cycles, uncosted_b
 
 ASSUMPTIONS = (
   "the compiler's estimate of cycles, at the nominal clock",
-  'what it gives no cycles for reads as many bytes as it writes, at full HBM speed',
-  'collectives run at full link speed over neighbouring chips, on every torus axis that their group spans',
+  'what it gives no cycles for reads as many bytes as it writes, a buffer updated in place whole, at full HBM speed',
+  'computation takes at least what all FLOPs take at peak: kernels, which may be most matmuls, have no cycles',
+  'collectives run at full link speed on every torus axis that their group spans, those of other groups beside them',
   "'overlapped' hides the shorter of computation and communication wholly, 'serial' nothing",
   'no time for launching, waiting for others, or input',
 )
@@ -39,18 +40,21 @@ class Seconds(NamedTuple):
     return max(self)
 
 
-def step_seconds(operations: Sequence[Operation], chip: Chip, devices: Sequence[jax.Device]) -> Seconds:
+def step_seconds(
+  operations: Sequence[Operation], chip: Chip, devices: Sequence[jax.Device], flops: float = 0
+) -> Seconds:
   """Seconds of one run of a program.
 
   Args:
     operations: of the compiled program.
     chip: that runs it.
     devices: of the mesh, in its order.
+    flops: of one chip, below whose time at peak no computation is.
   """
   costed = sum(cycles(operations, matmul=matmul) for matmul in (True, False)) / chip.clock
   moved = collectives(operations)
   return Seconds(
-    compute=costed + 2 * uncosted_bytes(operations) / chip.memory_speed,
+    compute=max(costed + 2 * uncosted_bytes(operations) / chip.memory_speed, flops / chip.peak),
     ici=sum(op.times * link_seconds(op, chip, devices) for op in moved if not op.slow),
     dcn=sum(op.times * op.wire_bytes / chip.network_speed for op in moved if op.slow),
   )
@@ -66,26 +70,36 @@ def link_seconds(operation: Operation, chip: Chip, devices: Sequence[jax.Device]
   if not sides:
     return 0.0
   if operation.kind in ('all-to-all', 'ragged-all-to-all'):
-    slowest = max(side / 4 / ways for side, ways in zip(sides, links))
+    slowest = max(side / 4 / ways for side, ways in zip(sides, links, strict=True))
     return operation.bytes * slowest / chip.link_speed
   ways = 1 if operation.kind == 'collective-permute' else sum(links)
   return operation.wire_bytes / (ways * chip.link_speed)
 
 
-def _block(group: Sequence[jax.Device], devices: Sequence[jax.Device], chip: Chip) -> tuple[list[int], list[int]]:
-  """Of each torus axis along which a group's chips differ: how many chips, and links that carry (2 in a ring)."""
+def _block(group: Sequence[jax.Device], devices: Sequence[jax.Device], chip: Chip) -> tuple[list[int], list[float]]:
+  """Of each torus axis along which a group's chips differ: how many chips, and links that carry.
+
+  Two in a ring, one in a line; shares of these where only every so many chips belong to the group, the others being
+  more of its kind. A v5e or v6e axis of 16 closes to a ring; v4 and v5p axes do if the whole pod is of cubes with sides of 4.
+  """
   places, everywhere = (np.array([device.coords for device in some]) for some in (group, devices))
-  sides, links = [], []
-  for axis in range(places.shape[1]):
-    side, whole = len(set(places[:, axis])), int(everywhere[:, axis].max()) + 1
+  wholes = [int(size) + 1 for size in everywhere.max(axis=0)]
+  cubes = all(whole % chip.wraps_at == 0 for whole in wholes[: chip.torus])
+  sides: list[int] = []
+  links: list[float] = []
+  for axis, whole in enumerate(wholes):
+    along = places[:, axis]
+    side = len(set(along.tolist()))
     if side > 1:
+      closed = side == whole and (cubes if chip.torus == 3 else whole % chip.wraps_at == 0)
+      stride = (int(along.max()) - int(along.min())) / (side - 1)
       sides.append(side)
-      links.append(2 if side == whole and whole % chip.wraps_at == 0 else 1)
+      links.append((2 if closed else 1) / stride)
   return sides, links
 
 
 def describe_axes(operation: Operation, shape: Sequence[int], names: Iterable[str]) -> str:
-  """The mesh axes that a collective's group spans, as 'data x expert'; between slices, the first."""
+  """The mesh axes that a collective's group spans, as 'data x expert'; slices differ along the first alone."""
   if operation.slow:
     return next(iter(names))
   places = np.unravel_index(np.array(operation.group), tuple(shape))

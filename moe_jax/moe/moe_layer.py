@@ -40,7 +40,8 @@ def rows_per_group(batch: int, length: int, group_size: int, decoding: bool) -> 
     ConfigError: naming sizes that would fit.
   """
   ways = sharding.shards('group')
-  pieces = 1 if decoding or group_size < 1 else max(1, length // group_size)  # of a sequence
+  divided = not decoding and 0 < group_size < length and length % group_size == 0
+  pieces = length // group_size if divided else 1  # of a sequence
   per_device, remainder = divmod(batch * pieces, ways)
   if remainder:
     raise ConfigError(

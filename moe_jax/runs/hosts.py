@@ -13,7 +13,7 @@ from moe_jax.types import ConfigError
 
 HEARTBEAT_SECONDS = 30  # without a word, a host counts as lost
 _AGAIN = 'Start all again: the run goes on from its newest checkpoint.'
-LOST = f'This run has lost one of its processes, so this one stops. {_AGAIN}'
+LOST = f'This run seems to have lost one of its processes, so this one stops. {_AGAIN}'
 _PARENT_DEATH_SIGNAL = 1  # of Linux's prctl
 
 
@@ -62,7 +62,8 @@ def watched() -> int | None:
   """
   child = os.fork()
   if child == 0:
-    ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    if sys.platform == 'linux':
+      ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
     return None
   signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGTERM))
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to both

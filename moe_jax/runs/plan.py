@@ -1,6 +1,7 @@
 """A compile plan: the real step compiled for a TPU that is not there, and what it would hold, compute and send."""
 
 import json
+import math
 import re
 import time
 from collections import Counter, defaultdict
@@ -14,7 +15,7 @@ from jax.sharding import NamedSharding
 
 from moe_jax import sharding
 from moe_jax.analysis.chips import Chip, chip_of
-from moe_jax.analysis.compiled import COLLECTIVES, Operation, operations
+from moe_jax.analysis.compiled import COLLECTIVES, Operation, cycles, operations
 from moe_jax.analysis.flops import count_flops, model_flops
 from moe_jax.analysis.parameters import bytes_per_device, count_parameters, dispatch_bytes
 from moe_jax.analysis.step_time import describe_axes, step_seconds
@@ -112,7 +113,7 @@ def plan(
     result |= dict.fromkeys(('cycles', 'matmul_cycles', 'uncosted', 'collectives', 'step_seconds', 'top_operations'))
     result['fits'] = False
   else:
-    result |= measures(operations(compiled.as_text()), mesh, chip)
+    result |= measures(operations(compiled.as_text()), mesh, chip, result['flops'])
     result['bytes'] |= held_bytes(compiled)
     result['fits'] = None if chip is None else result['bytes']['total'] <= chip.memory
     if chip and step == 'train':
@@ -201,10 +202,9 @@ def _read_size(number: str, unit: str) -> int:
   return round(float(number) * 1024 ** ' KMGT'.index(unit or ' '))
 
 
-def measures(ops: Sequence[Operation], mesh: jax.sharding.Mesh, chip: Chip | None) -> dict[str, Any]:
+def measures(ops: Sequence[Operation], mesh: jax.sharding.Mesh, chip: Chip | None, flops: float) -> dict[str, Any]:
   """What `plan.json` says of a compiled program."""
   moved, uncosted, sources = _Table(), _Table(), _Table()
-  spent = matmuls = 0
   for op in ops:
     if op.kind in COLLECTIVES and op.ways > 1:
       axis = describe_axes(op, mesh.devices.shape, mesh.axis_names)
@@ -212,13 +212,12 @@ def measures(ops: Sequence[Operation], mesh: jax.sharding.Mesh, chip: Chip | Non
     elif op.cycles is None and op.kind not in COLLECTIVES:
       uncosted.add((op.kind,), op.times, op.times * op.bytes)
     elif op.cycles is not None:
-      spent += op.times * op.cycles
-      matmuls += op.times * op.cycles if op.matmul else 0
       name = op.source.split('/')[-1] or op.kind  # what the compiler put in itself has no source
       sources.add((shorter(op.line), name), op.times, op.times * op.cycles)
-  seconds = step_seconds(ops, chip, list(mesh.devices.flat)) if chip else None
+  seconds = step_seconds(ops, chip, list(mesh.devices.flat), flops) if chip else None
+  matmuls, others = (cycles(ops, matmul=matmul) for matmul in (True, False))
   return {
-    'cycles': spent or None,
+    'cycles': matmuls + others or None,
     'matmul_cycles': matmuls or None,
     'uncosted': uncosted.rows(('kind',), 'bytes'),
     'collectives': moved.rows(('kind', 'axis', 'group_size', 'link'), 'wire_bytes'),
@@ -319,5 +318,5 @@ def rank(plan: Mapping[str, Any]) -> tuple[int, float]:
   if 'error' in plan:
     return 3, 0.0
   if plan['fits'] is False:
-    return 2, float(plan['bytes']['total'] or 0)
+    return 2, float(plan['bytes']['total'] or math.inf)
   return 1, plan['step_seconds']['overlapped'] if plan['step_seconds'] else 0.0

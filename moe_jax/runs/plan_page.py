@@ -92,7 +92,7 @@ def tables(plan: Plan) -> Iterator[tuple[str, Sequence[str], Sequence[Sequence[s
       for u in plan['uncosted']
       if u['bytes'] >= 1024 or u['kind'] == 'while'
     ]
-    yield 'what the compiler gives no cycles for', ('kind', 'times', 'bytes written'), uncosted
+    yield 'what the compiler gives no cycles for', ('kind', 'times', 'bytes of results'), uncosted
   if plan['top_operations']:
     costly = [
       (number(op['cycles']), f'{op["cycles"] / plan["cycles"]:.1%}', f'{op["count"]:,}', op['line'], op['operation'])
@@ -122,8 +122,8 @@ def show(plans: Sequence[Plan], console: Console | None = None) -> None:
       console.print(table)
     if plan['step_seconds']:
       console.print('The estimate assumes: ' + '; '.join(ASSUMPTIONS) + '.')
-    for hint in plan['advice'][:1]:
-      console.print(f'What would make it fit: {"; ".join(plan["advice"])}.' if hint else '')
+    if plan['advice']:
+      console.print(f'What would make it fit: {"; ".join(plan["advice"])}.')
 
 
 def headline(plan: Plan) -> str:

@@ -108,7 +108,7 @@ def train(
   objective = data.tell_bytes(objective)
 
   checkpoints = Checkpointer(folder, keep=checkpoints_to_keep, asynchronous=async_checkpoints)
-  with program.activate(), checkpoints as checkpointer, Preemption(checkpointer) as preemption:
+  with program.activate(), checkpoints as checkpointer:
     # ---- Begin, or go on --------------------------------------------------------------------------------------------
     batches = data.batches(program.mesh, 'train')
     if checkpointer.latest_step() is None:
@@ -129,7 +129,8 @@ def train(
       return with_bits_per_byte(averaged(evaluate(state, batch) for batch in itertools.islice(held_out, eval_steps)))
 
     # ---- Train ------------------------------------------------------------------------------------------------------
-    with MetricsLog(folder, resume_step=first) as log, Progress(first, train_steps) as progress:
+    outputs = MetricsLog(folder, resume_step=first), Progress(first, train_steps)
+    with outputs[0] as log, outputs[1] as progress, Preemption(checkpointer) as preemption:
       logged, productive = time.perf_counter(), 0.0
       waiting: list[tuple[int, Any]] = []
       for step in range(first + 1, train_steps + 1):

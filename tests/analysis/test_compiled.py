@@ -193,3 +193,47 @@ def test_source_lines_and_groups():
   a, b, c, d, e = operations(LINES)
   assert (a.line, b.line) == ('/home/me/moe_jax/moe/experts.py:57', 'moe.py:3')  # not where Flax called it
   assert (c.group, d.group, e.group) == (tuple(range(8)), (0, 2, 4, 6), (0, 4))
+
+
+def one(instruction):
+  """The collectives of a program of one instruction."""
+  text = f'HloModule jit_f, num_partitions=8\n\nENTRY %main (x: f32[16]) -> f32[16] {{\n  {instruction}\n}}\n'
+  return [(op.kind, op.ways, op.bytes) for op in collectives(operations(text))]
+
+
+def test_all_results_of_a_pair_count_and_operands_do_not():
+  many = '(f32[16]{0}, f32[32]{0}) all-reduce-start(%x, %y), replica_groups={{0,1}}, to_apply=%add'
+  assert one(f'%a = {many}') == [('all-reduce', 2, 4 * 48)]
+  many = '((f32[1]{0}, f32[2]{0}), (f32[16]{0}, f32[32]{0})) all-gather-start(%x, %y), replica_groups={{0,1}}'
+  assert one(f'%a = {many}') == [('all-gather', 2, 4 * 48)]
+
+
+def test_devices_that_keep_what_they_have_do_not_hide_those_that_exchange():
+  pairs = 'f32[16]{0} collective-permute(%x), source_target_pairs={{0,0},{1,2},{2,1},{3,3}}'
+  assert one(f'%a = {pairs}') == [('collective-permute', 2, 64)]
+  assert one('%a = f32[16]{0} collective-permute(%x), source_target_pairs={{0,0},{1,1}}') == []
+
+
+@pytest.mark.parametrize(
+  ('target', 'slices', 'kind', 'wire_bytes'),
+  [
+    ('{1,2}x{0:15}', 2, 'ALL_REDUCE', 64),
+    ('{1:4}x{0:15}', 4, 'ALL_GATHER', 3 * 64),
+    ('{1:4}x{0:15}', 4, 'REDUCE_SCATTER', 64 * 3 / 4),
+  ],
+)
+def test_transfers_between_slices(target, slices, kind, wire_bytes):
+  transfer = f'_xla_megascale_target="{target}",_xla_megascale_transfer_type="{kind}"'
+  line = f'%a = (f32[16]{{0}}, u32[], token[]) send(%x, %t), channel_id=2, frontend_attributes={{{transfer}}}'
+  (found,) = operations(f'HloModule jit_f\n\nENTRY %main (x: f32[16]) -> f32[16] {{\n  {line}\n}}\n')
+  assert (found.slow, found.ways, found.wire_bytes) == (True, slices, wire_bytes)
+
+
+def test_of_a_choice_the_branch_that_costs_most_counts():
+  branch = '%{name} (p: f32[4]) -> f32[4] {{\n  %w = f32[4]{{0}} fusion(%p), kind=kLoop, calls=%c, {cost}\n}}\n\n'
+  text = 'HloModule jit_f\n\n'
+  for name, cost in (('cheap', 10), ('dear', 500)):
+    text += branch.format(name=name, cost=f'backend_config={{"estimated_cycles":"{cost}"}}')
+  for how in ('true_computation=%dear, false_computation=%cheap', 'branch_computations={%cheap, %dear}'):
+    program = f'{text}ENTRY %main (x: f32[4]) -> f32[4] {{\n  %r = f32[4]{{0}} conditional(%i, %x, %x), {how}\n}}\n'
+    assert cycles(operations(program), matmul=False) == 500

@@ -46,11 +46,6 @@ def test_what_each_device_does_counts_for_every_device(mesh):
   assert count_flops(split, A, B) == ONE
 
 
-def test_ragged_matmuls():
-  sizes, matrices = jax.ShapeDtypeStruct((4,), jnp.int32), jax.ShapeDtypeStruct((4, K, N), jnp.float32)
-  assert count_flops(jax.lax.ragged_dot, A, matrices, sizes) == ONE
-
-
 @pytest.mark.parametrize('remat', ['none', 'full'])
 def test_a_training_step_takes_what_its_model_needs_and_little_more(mesh, remat):
   """Everything but attention's own products and dispatch is in 6 x active parameters x tokens."""

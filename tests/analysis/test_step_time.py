@@ -48,6 +48,25 @@ def test_more_axes_are_faster():
   assert cube == pytest.approx(SIZE * 63 / 64 / (6 * 9e10))
 
 
+def test_v4_and_v5p_have_rings_only_in_pods_of_whole_cubes():
+  line = link_seconds(op('all-gather', group=(0, 1, 2, 3)), V5P, pod(2, 2, 4))
+  assert line == pytest.approx(SIZE * 3 / 4 / 9e10)
+
+
+def test_groups_that_lie_in_one_another_share_the_links():
+  beside = link_seconds(op('all-gather', group=(0, 1, 2, 3)), V5E, pod(16, 16, 1))
+  within = link_seconds(op('all-gather', group=(0, 4, 8, 12)), V5E, pod(16, 16, 1))
+  assert within == pytest.approx(4 * beside)
+  beside, within = (
+    link_seconds(op('all-to-all', group=group), V5E, pod(16, 16, 1)) for group in ((0, 1, 2, 3), (0, 4, 8, 12))
+  )
+  assert within == pytest.approx(4 * beside)
+
+
+def test_no_computation_is_faster_than_the_peak():
+  assert step_seconds([], V5E, pod(4, 4, 1), flops=1.97e14).compute == pytest.approx(1)
+
+
 def test_the_network_between_slices_is_slow_and_apart():
   between = op('all-reduce', slow=True, slices=2)
   seconds = step_seconds([between, between], V5E, pod(4, 4, 1))
@@ -134,11 +153,14 @@ def test_a_psum_and_an_all_to_all_send_what_they_should(tpu):
   assert (exchanged.kind, exchanged.ways, exchanged.wire_bytes) == ('all-to-all', 16, local * 15 / 16)
 
 
-def test_between_slices_only_replicas_talk(tpu):
+@pytest.mark.parametrize('slices', [2, 4])
+def test_between_slices_only_replicas_talk(tpu, slices):
   from moe_jax import sharding
 
-  devices = topology_devices('2*v5e:4x4')
-  mesh = sharding.make_mesh(sharding.mesh_shape({'data': -1}, 32, num_slices=sharding.count_slices(devices)), devices)
+  devices = topology_devices(f'{slices}*v5e:4x4')
+  mesh = sharding.make_mesh(
+    sharding.mesh_shape({'data': -1}, 16 * slices, num_slices=sharding.count_slices(devices)), devices
+  )
   ops = compiled(
     jax.grad(lambda w, x: jnp.sum(jnp.tanh(x @ w).astype(jnp.float32))),
     *[(1024, 1024), (4096, 1024)],
@@ -146,5 +168,5 @@ def test_between_slices_only_replicas_talk(tpu):
     specs=[P('data'), P(('replica', 'data'))],
   )
   slow = [(op.kind, op.ways) for op in collectives(ops) if op.slow]
-  assert slow and set(slow) == {('all-reduce', 2)}
+  assert slow and set(slow) == {('all-reduce', slices)}
   assert all(max(op.group) < 16 for op in collectives(ops) if not op.slow)
