@@ -80,7 +80,7 @@ def _block(group: Sequence[jax.Device], devices: Sequence[jax.Device], chip: Chi
   """Of each torus axis along which a group's chips differ: how many chips, and links that carry.
 
   Two in a ring, one in a line; shares of these where only every so many chips belong to the group, the others being
-  more of its kind. A v5e or v6e axis of 16 closes to a ring; v4 and v5p axes do if the pod is made of cubes with sides of
+  more of its kind. An axis of 16 closes to a ring on v5e and v6e; every axis does on v4 and v5p if all are multiples of
   4.
   """
   places, everywhere = (np.array([device.coords for device in some]) for some in (group, devices))
