@@ -135,7 +135,7 @@ def test_killed_in_mid_run_it_goes_on_bit_by_bit(tmp_path):
   process = start(killed)
   output = process.communicate(timeout=300)
   assert process.returncode == 0 and 'Going on from step' in output[0], output
-  timing = ('step_seconds', 'tokens_per_second')
+  timing = ('step_seconds', 'tokens_per_second', 'goodput')
   expected, actual = (
     [{key: value for key, value in line.items() if key not in timing} for line in lines(folder / 'metrics.jsonl')]
     for folder in (whole, killed)

@@ -20,6 +20,7 @@ from moe_jax.moe.experts import ExpertBank, Experts, expert_mlp, grouped_expert_
 from moe_jax.moe.moe_layer import MoELayer
 from moe_jax.moe.routers.top_k import TopKRouter
 from moe_jax.moe.routing_plan import RoutingPlan, assign_slots
+from moe_jax.notices import notice
 
 DISPATCHERS = {'einsum': einsum, 'gather': gather, 'all_to_all': all_to_all, 'ragged': ragged}
 G, S, M, E, F, K, C = 8, 6, 12, 4, 10, 2, 2
@@ -159,6 +160,7 @@ def test_auto_takes_what_is_cheapest(journey, mesh, caplog, monkeypatch):
   assert choose(rows, roomy)[0] is all_to_all, 'twice the room is not yet too much'
   assert choose(rows, roomy.replace(capacity=S + 1))[0] is ragged
   assert choose(buffers, roomy.replace(capacity=S + 1))[0] is all_to_all
+  notice.cache_clear()  # another test may have made it say so already
   monkeypatch.setattr(logging.getLogger('moe_jax'), 'handlers', [caplog.handler])
   monkeypatch.setattr(logging.getLogger('moe_jax'), 'propagate', False)
   with caplog.at_level('INFO', 'moe_jax'), sharding.activate(mesh(2, 4, 1), sharding.replicated_rules()):
