@@ -23,7 +23,7 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
 import gin
 
-from moe_jax.types import ConfigError
+from moe_jax.types import ConfigError, Preempted
 
 MODES = {  # mode -> module:function
   'train': 'moe_jax.runs.train:train',
@@ -129,7 +129,7 @@ def _nearest(name: str, known: Iterable[str]) -> str:
   return f': did you mean {near[0]}?' if near else '.'
 
 
-def first_line(error: BaseException | str) -> str:
+def first_line(error: BaseException) -> str:
   """The message without gin's account of where it was called from."""
   return (str(error).strip() or type(error).__name__).splitlines()[0]
 
@@ -142,6 +142,7 @@ def main(arguments: list[str]) -> int:
   library.propagate = False
   if not library.handlers:
     library.addHandler(Printer())
+  joined: Any = None  # what serves a process that is one of several
   try:
     flags, bindings = parse_arguments(arguments)
     if flags.distributed or flags.coordinator_address or flags.num_processes or flags.process_id is not None:
@@ -149,27 +150,26 @@ def main(arguments: list[str]) -> int:
 
       if (code := hosts.watched()) is not None:
         return code
+      joined = hosts
       hosts.join(flags.coordinator_address, flags.num_processes, flags.process_id)
     run(flags, bindings)
   except KeyboardInterrupt:
     print('Interrupted.', file=sys.stderr)
     return 130
+  except Preempted as notice:
+    print(notice)
+    return 128 + signal.SIGTERM
   except Exception as error:
-    from moe_jax.runs import hosts
-
-    if isinstance(error, hosts.Preempted):
-      print(error)
-      return 128 + signal.SIGTERM
-    if debug and not hosts.is_one_of_several():
+    if debug and not joined:
       raise
     if debug:
       traceback.print_exc()
-    known = f'{error}' if isinstance(error, ConfigError) else hosts.explain(error)
-    print(
-      first_line(known) if known else f'{type(error).__name__}: {first_line(error)} (--debug shows where)',
-      file=sys.stderr,
-    )
-    hosts.leave(1)
+    line = first_line(error)
+    if not isinstance(error, ConfigError):
+      line = (joined and joined.explain(error)) or f'{type(error).__name__}: {line} (--debug shows where)'
+    print(line, file=sys.stderr)
+    if joined:
+      joined.leave(1)
     return 1
   return 0
 
@@ -210,7 +210,7 @@ def search_plans(flags: argparse.Namespace, bindings: list[str], first: dict[str
   """Plans again and again, each time with other bindings behind the user's, and ranks what comes of it."""
   from moe_jax.runs import plan, plan_page
 
-  model_dir = pathlib.Path(gin.query_parameter('%MODEL_DIR'))
+  model_dir, remat = pathlib.Path(gin.query_parameter('%MODEL_DIR')), gin.query_parameter('%REMAT')
 
   def again(candidate: Mapping[str, Any]) -> dict[str, Any]:
     gin.clear_config()
@@ -219,7 +219,7 @@ def search_plans(flags: argparse.Namespace, bindings: list[str], first: dict[str
     parse_gin('plan', flags.gin_file, [*bindings, *more], flags.gin_search_paths.split(','))
     return gin.get_configurable(plan.plan)(config=gin.config_str())
 
-  ranked = plan.search(first, again)
+  ranked = plan.search(first, again, remat)
   (model_dir / 'search.json').write_text(json.dumps(ranked, indent=2))
   plan_page.show_search(ranked)
   print(f'search: {model_dir / "search.json"}')

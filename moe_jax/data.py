@@ -117,6 +117,8 @@ class BatchIterator(Iterator[Batch]):
     self._writes = [index for index in here if min(readers[index]) == jax.process_index()]
     self._num_shards, self._rows = num_shards, size // num_shards
     self._iterators = {index: iter(self._shard(seqio.ShardInfo(index, num_shards))) for index in here}
+    origin = tf.Variable(self._origin)
+    self._places = {i: tf.train.Checkpoint(iterator=x, origin=origin) for i, x in self._iterators.items()}
 
   def __next__(self) -> Batch:
     """A dict of global arrays [B, L]. What a shard lacks is filled up with rows of zeros, which weigh nothing."""
@@ -134,16 +136,13 @@ class BatchIterator(Iterator[Batch]):
       batch[name] = jax.make_array_from_callback(spec.shape, self._sharding, local.__getitem__)
     return batch
 
-  def _checkpoint(self, index: int) -> tf.train.Checkpoint:
-    return tf.train.Checkpoint(iterator=self._iterators[index], origin=tf.Variable(self._origin))
-
   def save(self, path: str) -> None:
     """Writes the place in each shard, shuffle buffers included, to files whose names begin with `path`.
 
     Of the hosts that read a shard, the first writes.
     """
     for index in self._writes:
-      self._checkpoint(index).write(_shard_path(path, index, self._num_shards))
+      self._places[index].write(_shard_path(path, index, self._num_shards))
 
   def restore(self, path: str) -> None:
     """Goes to the place that `save` wrote, by however many hosts: the batches that follow are the same to the bit.
@@ -163,7 +162,7 @@ class BatchIterator(Iterator[Batch]):
   def _restore(self, index: int, path: str) -> None:
     self._check_origin(path)
     with _readable(path):
-      self._checkpoint(index).read(path).assert_consumed()
+      self._places[index].read(path).assert_consumed()
 
   def _check_origin(self, path: str) -> None:
     with _readable(path):

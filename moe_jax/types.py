@@ -18,6 +18,10 @@ Metrics = dict[str, Array]
 Initializer = Callable[..., Any]
 
 
+class Preempted(Exception):
+  """The machine is taken away, and everything is saved."""
+
+
 class ConfigError(ValueError):
   """A wish that cannot be met. Its message is one line: what is wrong, and what to do about it."""
 

@@ -15,6 +15,7 @@ os.environ.setdefault('MPLBACKEND', 'agg')
 os.environ.setdefault('TPU_SKIP_MDS_QUERY', 'true')  # the TPU compiler, where it is installed, looks for one too
 os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', 'true')
 
+import gin
 import hypothesis
 import jax
 import pytest
@@ -57,6 +58,15 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
   """The longest tests first, so that no worker is left alone with them at the end."""
   items.sort(key=lambda item: item.path.name not in ('test_hosts.py', 'test_run.py', 'test_two_processes.py'))
+
+
+@pytest.fixture
+def fresh_gin(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[None]:
+  """The repository's root, and no configuration from another test or for the next."""
+  monkeypatch.chdir(request.config.rootpath)
+  gin.clear_config()
+  yield
+  gin.clear_config()
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import seqio
+import tensorflow as tf
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax import data
@@ -179,30 +180,30 @@ def test_shards_have_different_rows_and_together_all(documents):
 
 
 @pytest.mark.parametrize(
-  ('hosts', 'parts', 'read', 'written'),
+  ('held', 'parts', 'read', 'written'),  # of each host: the quarters of the rows that its devices hold, from and to
   [
-    ([0, 0, 1, 1], 2, [[0], [1]], [[0], [1]]),
-    ([0, 0, 0, 0], 1, [[0]], [[0]]),
-    ([0, 1, 0, 1], 2, [[0, 1], [0, 1]], [[0, 1], []]),  # both hosts hold rows of both shards, and the first writes
+    ([[(0, 1), (1, 2)], [(2, 3), (3, 4)]], 2, [[0], [1]], [[0], [1]]),
+    ([[(0, 1), (2, 3)], [(1, 2), (3, 4)]], 2, [[0, 1], [0, 1]], [[0, 1], []]),  # both need both, and the first writes
+    ([[(0, 2)], [(2, 4)], [(0, 2)], [(2, 4)]], 2, [[0], [1], [0], [1]], [[0], [1], [], []]),  # 0 and 2 share rows
+    ([[(0, 4)], [(0, 4)]], 1, [[0], [0]], [[0], []]),  # no device splits rows
   ],
 )
-def test_hosts_read_the_shards_whose_rows_they_hold(monkeypatch, hosts, parts, read, written):
+def test_hosts_read_the_shards_whose_rows_they_hold(monkeypatch, held, parts, read, written):
   class Device:
     def __init__(self, host):
       self.process_index = host
 
-  devices = [Device(host) for host in hosts]
+  devices = [(Device(host), quarters) for host, of_host in enumerate(held) for quarters in of_host]
 
   def rows_of(shape):
-    size = shape[0] // len(devices)
-    return {device: (slice(i * size, (i + 1) * size), slice(None)) for i, device in enumerate(devices)}
+    return {device: (slice(*(q * shape[0] // 4 for q in quarters)), slice(None)) for device, quarters in devices}
 
   sharding = types.SimpleNamespace(num_devices=len(devices), devices_indices_map=rows_of)
   assert data._parts(sharding) == parts
   spec = {'x': jax.ShapeDtypeStruct((8, 1), 'int32')}
-  for host, (reads, writes) in enumerate(zip(read, written)):
+  for host, (reads, writes) in enumerate(zip(read, written, strict=True)):
     monkeypatch.setattr(jax, 'process_index', lambda host=host: host)
-    batches = data.BatchIterator(lambda info: [], parts, spec, sharding, finite=False, origin='')
+    batches = data.BatchIterator(lambda info: tf.data.Dataset.range(1), parts, spec, sharding, finite=False, origin='')
     assert (sorted(batches._iterators), batches._writes) == (reads, writes)
 
 

@@ -22,12 +22,7 @@ KINDS = 'routers', 'experts', 'dispatchers', 'meshes', 'optimizers'
 CHOICES = sorted(path for kind in KINDS for path in FOLDER.glob(f'{kind}/*.gin'))
 
 
-@pytest.fixture(autouse=True)
-def _clean(monkeypatch):
-  monkeypatch.chdir(ROOT)
-  gin.clear_config()
-  yield
-  gin.clear_config()
+pytestmark = pytest.mark.usefixtures('fresh_gin')
 
 
 @pytest.mark.parametrize('experiment', EXPERIMENTS, ids=lambda path: path.stem)

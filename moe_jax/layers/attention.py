@@ -13,6 +13,7 @@ from flax.core import FrozenDict
 from moe_jax import sharding
 from moe_jax.layers.context import Context
 from moe_jax.layers.initializers import fan_in
+from moe_jax.layers.norms import rms_norm
 from moe_jax.layers.positions import relative_bias, rotate
 from moe_jax.types import Array, Aux, ConfigError, Dtype, Initializer, nest
 
@@ -116,8 +117,8 @@ class SelfAttention(_Attention):
     """float[B, L, H, D], and the same again, of mean square 1 times a learned scale."""
     if self.query_key_norm not in ('head', 'whole'):
       raise ConfigError(f"QUERY_KEY_NORM={self.query_key_norm!r} is none of None, 'head', 'whole'.")
-    axes = (-1,) if self.query_key_norm == 'head' else (-2, -1)
-    return nn.RMSNorm(reduction_axes=axes, feature_axes=axes, dtype=self.dtype, name=f'{name}_norm')(x)
+    axes = ('head_dim',) if self.query_key_norm == 'head' else ('heads', 'head_dim')
+    return rms_norm(f'{name}_norm', self.dtype, axes)(x)
 
   def _extend_cache(self, key: Array, value: Array, context: Context) -> tuple[Array, Array, Array, Array]:
     """Writes keys and values behind the old; the first call makes the cache. Returns it whole, and where it began."""

@@ -89,10 +89,6 @@ def leave(code: int) -> None:
     os._exit(code)
 
 
-class Preempted(Exception):
-  """The machine is taken away, and everything is saved."""
-
-
 class Preemption:
   """Notices that this machine, or that of another host, is about to be taken away: SIGTERM says so."""
 

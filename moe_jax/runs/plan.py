@@ -123,7 +123,7 @@ def plan(
   (folder / 'plan.json').write_text(json.dumps(result, indent=2))
   (folder / 'plan.gin').write_text(config)
   plan_page.write(result, folder / 'plan.html')
-  plan_page.show([result])
+  plan_page.show(result)
   say(f'\nplan: {folder / "plan.html"}')
   return result
 
@@ -265,12 +265,15 @@ def advice(result: Mapping[str, Any]) -> list[str]:
 Candidate = Mapping[str, Any]
 
 
-def search(first: Mapping[str, Any], again: Callable[[Candidate], Mapping[str, Any]]) -> list[dict[str, Any]]:
+def search(
+  first: Mapping[str, Any], again: Callable[[Candidate], Mapping[str, Any]], remat: str
+) -> list[dict[str, Any]]:
   """A small search: mesh shapes, then on the best of them rematerialisation, then microbatches.
 
   Args:
     first: the plan as it was asked for.
     again: makes another with some names bound otherwise, {'MESH': ..., 'REMAT': ..., 'MICROBATCHES': ...}.
+    remat: as it was asked for, which is not tried again.
 
   Returns:
     Plans, best first: those that fit before those that do not, by estimated time or missing memory. Each says in
@@ -293,8 +296,9 @@ def search(first: Mapping[str, Any], again: Callable[[Candidate], Mapping[str, A
 
   for mesh in meshes(first['mesh'], first['num_devices']):
     attempt({'MESH': mesh})
-  for remat in ('none', 'dots', 'full'):
-    attempt({**best()['candidate'], 'REMAT': remat})
+  for other in ('none', 'dots', 'full'):
+    if other != remat:
+      attempt({**best()['candidate'], 'REMAT': other})
   for factor in (2, 4):
     attempt({**best()['candidate'], 'MICROBATCHES': first['microbatches'] * factor})
     if best().get('fits'):

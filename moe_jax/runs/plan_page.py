@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jinja2
+from matplotlib.ticker import EngFormatter
 from rich.console import Console
 from rich.table import Table
 
@@ -19,22 +20,13 @@ def size(count: float | None) -> str:
   """Bytes, for people."""
   if count is None:
     return '–'
-  for unit in ('B', 'KiB', 'MiB', 'GiB'):
-    if abs(count) < 1024 or unit == 'GiB':
-      return f'{count:,.0f} {unit}' if unit == 'B' else f'{count:,.2f} {unit}'
-    count /= 1024
-  return ''
+  power = min(int(count).bit_length() // 10, 3)
+  return f'{count / 1024**power:,.2f} {("B", "KiB", "MiB", "GiB")[power]}'
 
 
 def number(value: float | None) -> str:
   """A large number, for people."""
-  if value is None:
-    return '–'
-  for unit in ('', 'K', 'M', 'G', 'T', 'P'):
-    if abs(value) < 1000 or unit == 'P':
-      return f'{value:,.3g}{unit}' if abs(value) < 100 or unit == '' else f'{value:,.0f}{unit}'
-    value /= 1000
-  return ''
+  return '–' if value is None else EngFormatter(places=2, sep='')(value)
 
 
 def milliseconds(seconds: float) -> str:
@@ -107,23 +99,23 @@ def _console() -> Console:
   return console if console.is_terminal else Console(quiet=console.quiet, highlight=False, width=120)
 
 
-def show(plans: Sequence[Plan], console: Console | None = None) -> None:
-  """Prints plans, on the first host."""
+def show(plan: Plan, console: Console | None = None) -> None:
+  """Prints a plan, on the first host."""
   console = console or _console()
-  for plan in plans:
-    table = Table(title=headline(plan), title_justify='left', show_header=False, box=None, padding=(0, 2, 0, 0))
-    for name, value in facts(plan):
-      table.add_row(name, value)
+  style: dict[str, Any] = {'title_justify': 'left', 'box': None, 'padding': (0, 2, 0, 0)}
+  table = Table(title=headline(plan), show_header=False, **style)
+  for name, value in facts(plan):
+    table.add_row(name, value)
+  console.print(table)
+  for title, head, rows in tables(plan):
+    table = Table(*head, title=title, **style)
+    for row in rows:
+      table.add_row(*row)
     console.print(table)
-    for title, head, rows in tables(plan):
-      table = Table(*head, title=title, title_justify='left', box=None, padding=(0, 2, 0, 0))
-      for row in rows:
-        table.add_row(*row)
-      console.print(table)
-    if plan['step_seconds']:
-      console.print('The estimate assumes: ' + '; '.join(ASSUMPTIONS) + '.')
-    if plan['advice']:
-      console.print(f'What would make it fit: {"; ".join(plan["advice"])}.')
+  if plan['step_seconds']:
+    console.print('The estimate assumes: ' + '; '.join(ASSUMPTIONS) + '.')
+  if plan['advice']:
+    console.print(f'What would make it fit: {"; ".join(plan["advice"])}.')
 
 
 def headline(plan: Plan) -> str:
@@ -143,7 +135,7 @@ def show_search(plans: Sequence[Plan], console: Console | None = None) -> None:
       continue
     seconds, mfu = plan['step_seconds'], plan['mfu']
     times = [milliseconds(seconds[name]) if seconds else '–' for name in ('overlapped', 'serial')]
-    fits = '' if plan['fits'] else ', too much' if plan['fits'] is False else ''
+    fits = ', too much' if plan['fits'] is False else ''
     table.add_row(changed, size(plan['bytes']['total']) + fits, *times, f'{mfu:.1%}' if mfu else '–')
   console.print(table)
 

@@ -15,7 +15,7 @@ from moe_jax.analysis.parameters import bytes_per_device, count_parameters
 from moe_jax.decode import Strategy
 from moe_jax.objectives import LanguageModeling
 from moe_jax.runs import infer
-from moe_jax.runs.hosts import Preempted, Preemption
+from moe_jax.runs.hosts import Preemption
 from moe_jax.runs.progress import Profiler, Progress, describe_loss, say
 from moe_jax.runs.report import report
 from moe_jax.runs.setup import (
@@ -33,7 +33,7 @@ from moe_jax.training.checkpoints import Checkpointer
 from moe_jax.training.metrics import MetricsLog, averaged, with_bits_per_byte
 from moe_jax.training.state import OptimizerFactory, TrainState
 from moe_jax.training.step import eval_step
-from moe_jax.types import Batch, ConfigError
+from moe_jax.types import Batch, ConfigError, Preempted
 
 
 def train(

@@ -75,6 +75,21 @@ def test_equation(causal, kv_heads, scale, rotary_base):
   np.testing.assert_allclose(y[REAL], expected[REAL], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize('kind', ['head', 'whole'])
+def test_queries_and_keys_of_mean_square_one(kind):
+  """Before the learned scale, each head by itself (Qwen3), or all heads together (OLMoE); values are as ever."""
+  scale = np.random.default_rng(2).uniform(0.5, 2, D if kind == 'head' else (H, D)).astype(np.float32)
+  over = -1 if kind == 'head' else (-2, -1)
+
+  def turn(x):
+    return x / np.sqrt(np.mean(x**2, axis=over, keepdims=True) + 1e-6) * scale
+
+  params = {**weights(), 'query_norm': {'scale': scale}, 'key_norm': {'scale': scale}}
+  y = apply(SelfAttention(H, D, query_key_norm=kind), params, X, context(causal=True))
+  expected = by_loop(weights(), X, X, SAME & np.tri(L, dtype=bool), turn=turn)
+  np.testing.assert_allclose(y[REAL], expected[REAL], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize('causal', [True, False])
 def test_who_sees_whom(causal):
   """A change of one token is felt by those of its segment that may look at it, and by no other."""

@@ -20,12 +20,7 @@ DECODER, BOTH = 'gin/models/decoder_only', 'gin/models/encoder_decoder'
 DENSE = 'EXPERT_EVERY = 0'
 
 
-@pytest.fixture(autouse=True)
-def _clean(monkeypatch):
-  monkeypatch.chdir(ROOT)
-  gin.clear_config()
-  yield
-  gin.clear_config()
+pytestmark = pytest.mark.usefixtures('fresh_gin')
 
 
 def matrices(file, *bindings):

@@ -2,7 +2,6 @@
 
 import json
 
-import gin
 import jax
 import pytest
 from rich.console import Console
@@ -18,12 +17,7 @@ KEYS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _clean(monkeypatch, request):
-  monkeypatch.chdir(request.config.rootpath)
-  gin.clear_config()
-  yield
-  gin.clear_config()
+pytestmark = pytest.mark.usefixtures('fresh_gin')
 
 
 def planned(folder, *more):
@@ -94,7 +88,7 @@ def test_what_does_not_fit_is_said_with_what_would_help():
     'gin/meshes/fsdp.gin', 'RAGGED_BOUND=2.0', "REMAT='full'", 'MICROBATCHES=4'
   ]  # fmt: skip
   console = Console(record=True, width=120)
-  plan_page.show([result], console)
+  plan_page.show(result, console)
   assert 'does not fit by 4.00 GiB' in console.export_text()
   assert plan.advice({**result, 'fits': True}) == []
 
@@ -117,12 +111,13 @@ def test_search_walks_meshes_then_remat_then_microbatches():
     fits = candidate.get('MICROBATCHES', 1) > 1
     return outcome(seconds=1.0, fits=fits, total=30 - 10 * (candidate.get('MESH', {}).get('model') == 2))
 
-  ranked = plan.search(outcome(total=30, fits=False), again)
+  ranked = plan.search(outcome(total=30, fits=False), again, remat='full')
   assert [c['MESH'] for c in asked if set(c) == {'MESH'}] == [
     {'data': 2, 'expert': 4, 'model': 2}, {'data': 2, 'expert': 8, 'model': 1}, {'data': 8, 'expert': 2, 'model': 1}
   ]  # fmt: skip
   best = {'data': 2, 'expert': 4, 'model': 2}
   assert all(c['MESH'] == best for c in asked if 'REMAT' in c)
+  assert not any(c.get('REMAT') == 'full' for c in asked)  # it was that already
   assert ranked[0]['fits'] and ranked[0]['candidate']['MICROBATCHES'] == 2
   assert 'error' in ranked[-1]
   assert not any(c.get('MICROBATCHES') == 4 for c in asked)  # two were enough
@@ -134,7 +129,8 @@ def test_search_walks_meshes_then_remat_then_microbatches():
 def test_a_search_from_the_command_line(tmp_path, monkeypatch):
   asked = []
 
-  def fake(first, again):
+  def fake(first, again, remat):
+    assert remat == 'none'  # the quickstart's
     for candidate in ({'MICROBATCHES': 1, 'MESH': {'data': 2, 'expert': 4, 'model': 1}},):
       asked.append({**again(candidate), 'candidate': candidate})
     return [{**first, 'candidate': {}}, *asked]
