@@ -64,8 +64,8 @@ def plan(
   at_least_one(MICROBATCHES=microbatches, MAX_NEW_TOKENS=max_new_tokens, BATCH_SIZE=data.batch_size)
   if step not in ('train', 'decode'):
     raise ConfigError(f"STEP={step!r} is none of 'train', 'decode'.")
-  folder = open_model_dir(model_dir)
   program = build(objective, optimizer, data, devices, microbatches=microbatches)
+  folder = open_model_dir(model_dir)  # not before: it starts JAX, and `build` says on which devices
   mesh, chip = program.mesh, chip_of(program.mesh.devices.flat[0])
   with program.activate():
     if step == 'train':
