@@ -32,6 +32,7 @@ MODES = {  # mode -> module:function
   'plan': 'moe_jax.runs.plan:plan',
   'report': 'moe_jax.runs.report:report',
 }
+PACKAGES = ('moe_jax', 'tasks', 'jax', 'flax', 'optax', 'seqio', 't5x')  # whose functions gin may name
 HERE = pathlib.Path(__file__).resolve().parent
 ROUTERS = HERE / 'gin' / 'routers'
 
@@ -89,12 +90,32 @@ def parse_gin(mode: str, files: list[str], bindings: list[str], search_paths: li
         raise ConfigError(
           f'--gin.{name}={value} is not a value that gin can read. Text needs quotes: --gin.{name}="\'{value}\'"'
         ) from error
+    check_imports(gin.config_str(), search_paths)
     check_names(gin.config_str(), HERE / 'gin')
     gin.finalize()
   except OSError as error:
     raise ConfigError(f'{first_line(error)} (gin files are searched in {", ".join(search_paths)}).') from error
   except (ValueError, SyntaxError) as error:
     raise ConfigError(_explain(error)) from error
+
+
+def check_imports(config: str, search_paths: list[str]) -> None:
+  """Sees that a configuration names functions of this library, of those it builds on, and of the user's own files only.
+
+  Raises:
+    ConfigError: naming another module, whose functions might do anything.
+  """
+  own = [os.path.realpath(path) for path in (*search_paths, HERE)]
+  for module in set(re.findall(r'^(?:from|import) ([\w.]+)', config, re.MULTILINE)) - {'__gin__'}:
+    top = module.split('.')[0]
+    origin = os.path.realpath(getattr(sys.modules.get(top), '__file__', None) or os.sep)
+    installed = re.search(rf'{os.sep}(site|dist)-packages{os.sep}', origin)
+    if top in PACKAGES or (not installed and any(origin.startswith(path + os.sep) for path in own)):
+      continue
+    raise ConfigError(
+      f'A gin file imports {module!r}, which is none of {", ".join(PACKAGES)}, nor a module of yours under'
+      f' --gin_search_paths ({", ".join(search_paths)}).'
+    )
 
 
 def check_names(config: str, folder: pathlib.Path) -> None:

@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding
 from moe_jax.batch import batch_spec
 from moe_jax.notices import notice
 from moe_jax.quiet import quiet_stderr
-from moe_jax.types import Array, Batch, ConfigError
+from moe_jax.types import Array, Batch, ConfigError, Damaged
 
 with quiet_stderr():
   import seqio
@@ -177,7 +177,7 @@ def _readable(path: str) -> Iterator[None]:
     yield
   except (tf.errors.OpError, AssertionError, LookupError, RuntimeError) as error:
     message = f'{path}, the place in the data to go on from, is missing or damaged: take an earlier checkpoint.'
-    raise ConfigError(message) from error
+    raise Damaged(message) from error
 
 
 def batches(

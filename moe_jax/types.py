@@ -26,6 +26,10 @@ class ConfigError(ValueError):
   """A wish that cannot be met. Its message is one line: what is wrong, and what to do about it."""
 
 
+class Damaged(ConfigError):
+  """What was saved is not what is read."""
+
+
 def one_of(**choices: tuple[Any, Any]) -> None:
   """Raises ConfigError, naming the first of `name=(value, Literal[...])` whose value is none of the literals."""
   for name, (value, literals) in choices.items():

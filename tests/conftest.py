@@ -57,7 +57,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
   """The longest tests first, so that no worker is left alone with them at the end."""
-  items.sort(key=lambda item: item.path.name not in ('test_hosts.py', 'test_run.py', 'test_two_processes.py'))
+  items.sort(
+    key=lambda item: item.path.name not in ('test_hosts.py', 'test_kill.py', 'test_run.py', 'test_two_processes.py')
+  )
 
 
 @pytest.fixture

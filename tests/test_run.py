@@ -3,10 +3,6 @@
 import json
 import os
 import pathlib
-import signal
-import subprocess
-import sys
-import time
 
 import gin
 import jax
@@ -57,12 +53,6 @@ def lines(path):
 
 def arguments(folder, *more):  # of training
   return [*QUICKSTART, *SMALL, f"--gin.MODEL_DIR='{folder}'", *more]
-
-
-def start(folder):
-  environment = {**os.environ, 'JAX_PLATFORMS': 'cpu'}  # with all optimizations, as users run it
-  command = [sys.executable, 'run.py', '--run_mode=train', *arguments(folder)]
-  return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_a_run_leaves_what_it_should_and_other_modes_take_it(tmp_path, capsys):
@@ -118,29 +108,6 @@ def test_an_encoder_decoder_runs_too_scanned_and_rematerialised(tmp_path):
   assert run.main(['--debug', f'--gin_file={folder / "config.gin"}', '--gin.TRAIN_STEPS=6']) == 0
   losses = [m['loss'] for m in lines(folder / 'metrics.jsonl') if m['split'] == 'train']
   assert len(losses) == 6 and losses[-1] < losses[0]
-
-
-def test_killed_in_mid_run_it_goes_on_bit_by_bit(tmp_path):
-  whole, killed = tmp_path / 'whole', tmp_path / 'killed'
-  process = start(whole)
-  output = process.communicate(timeout=300)
-  assert process.returncode == 0, output
-  process = start(killed)
-  deadline = time.monotonic() + 300
-  while not (killed / 'checkpoints' / '3').exists() and time.monotonic() < deadline and process.poll() is None:
-    time.sleep(0.02)
-  process.send_signal(signal.SIGKILL)
-  process.communicate()
-  assert process.returncode == -signal.SIGKILL
-  process = start(killed)
-  output = process.communicate(timeout=300)
-  assert process.returncode == 0 and 'Going on from step' in output[0], output
-  timing = ('step_seconds', 'tokens_per_second', 'goodput')
-  expected, actual = (
-    [{key: value for key, value in line.items() if key not in timing} for line in lines(folder / 'metrics.jsonl')]
-    for folder in (whole, killed)
-  )
-  assert actual == expected
 
 
 def test_a_loss_that_is_no_number_stops_the_run_before_it_is_saved(tmp_path, capsys):

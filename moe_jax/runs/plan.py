@@ -39,6 +39,7 @@ def plan(
   step: str = 'train',
   microbatches: int = 1,
   max_new_tokens: int = 1024,
+  trainable: Sequence[str] = (),
   config: str = '',
 ) -> dict[str, Any]:
   """Compiles a step and tells what it takes, per chip.
@@ -52,6 +53,7 @@ def plan(
     step: 'train', or 'decode': one more token for each of a batch of texts, given their cache.
     microbatches: pieces of each batch, to save memory.
     max_new_tokens: of 'decode', the room in the cache behind the input.
+    trainable: which parameters, see `optimizers.trainable_mask`; () is all.
     config: the operative configuration.
 
   Returns:
@@ -69,7 +71,7 @@ def plan(
   mesh, chip = program.mesh, chip_of(program.mesh.devices.flat[0])
   with program.activate():
     if step == 'train':
-      function, args = compiled_step(program, objective, microbatches), (program.state_spec, _batch(program))
+      function, args = compiled_step(program, objective, microbatches, trainable), (program.state_spec, _batch(program))
     else:
       function, args = decode_step(program, max_new_tokens)
     count = count_parameters(objective.model, program.batch_spec)

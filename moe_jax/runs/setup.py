@@ -2,9 +2,11 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -155,6 +157,11 @@ class Program:
     """Enters the mesh and its rules."""
     return sharding.activate(self.mesh, self.rules)
 
+  def with_fresh_optimizer(self, state: TrainState) -> TrainState:
+    """The state, as if its optimizer had done nothing yet."""
+    shardings = jax.tree.map(lambda x: x.sharding, self.state_spec.opt_state)
+    return dataclasses.replace(state, opt_state=jax.jit(self.transform.init, out_shardings=shardings)(state.params))
+
   @property
   def mesh_axes(self) -> dict[str, int]:
     """Mesh axis -> size, replicas only where there are several."""
@@ -166,12 +173,13 @@ class Program:
     return NamedSharding(self.mesh, PartitionSpec())
 
 
-def compiled_step(program: Program, objective: Objective, microbatches: int = 1, seed: int = 0) -> Any:
+def compiled_step(
+  program: Program, objective: Objective, microbatches: int = 1, trainable: Sequence[str] = (), seed: int = 0
+) -> Any:
   """The jitted training step, (state, batch) -> (state, metrics), in the place of the state that it is given."""
+  options = {'microbatches': microbatches, 'trainable': tuple(trainable), 'seed': seed}
   return jax.jit(
-    functools.partial(
-      train_step, objective=objective, transform=program.transform, microbatches=microbatches, seed=seed
-    ),
+    functools.partial(train_step, objective=objective, transform=program.transform, **options),
     donate_argnums=0,
     out_shardings=(jax.tree.map(lambda x: x.sharding, program.state_spec), program.everywhere),
   )
@@ -221,6 +229,31 @@ def open_model_dir(path: str) -> Path:
   except OSError as error:
     raise ConfigError(f'MODEL_DIR {path!r} cannot be written to ({error.strerror}): choose another folder.') from error
   return folder
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+  """Keeps this machine's other processes from writing to a run's folder, until this one ends in whatever way.
+
+  Raises:
+    ConfigError: if one does.
+  """
+  if jax.process_index() > 0:
+    yield
+    return
+  with (folder / '.lock').open('a+') as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      file.seek(0)
+      who = file.read().strip() or 'unknown'
+      raise ConfigError(f'Process {who} is writing to MODEL_DIR {folder}: stop it, or choose another.') from error
+    except OSError as error:  # some network file systems have no locks
+      notice(f'MODEL_DIR {folder} cannot be locked ({error.strerror}): see that no other run writes there')
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    yield
 
 
 def trained(model_dir: str, objective: Objective, data: Data, devices: Devices) -> tuple[Program, Checkpointer]:

@@ -4,7 +4,7 @@ import functools
 import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,8 +16,10 @@ from moe_jax.decode import Strategy
 from moe_jax.objectives import LanguageModeling
 from moe_jax.runs import infer
 from moe_jax.runs.hosts import Preemption
+from moe_jax.runs.initial import Initial
 from moe_jax.runs.progress import Profiler, Progress, describe_loss, say
 from moe_jax.runs.report import report
+from moe_jax.runs.roll_back import LossWatch
 from moe_jax.runs.setup import (
   Data,
   Devices,
@@ -25,6 +27,7 @@ from moe_jax.runs.setup import (
   at_least_one,
   build,
   compiled_step,
+  locked,
   open_model_dir,
   use_compilation_cache,
   variables_of,
@@ -49,6 +52,9 @@ def train(
   log_period: int = 10,
   checkpoints_to_keep: int = 2,
   microbatches: int = 1,
+  initial: Initial | None = None,
+  trainable: Sequence[str] = (),
+  roll_back: float | None = None,
   seed: int = 0,
   strategy: Strategy | None = None,
   max_new_tokens: int = 128,
@@ -71,6 +77,10 @@ def train(
     eval_period, checkpoint_period, log_period: in steps.
     checkpoints_to_keep: the newest so many.
     microbatches: pieces of each batch, to save memory.
+    initial: weights to begin with, where there is nothing to go on with; None draws them at random.
+    trainable: which parameters, see `optimizers.trainable_mask`, to tell of to the optimizer too; () is all.
+    roll_back: goes back to an earlier checkpoint, and on with other batches, when losses exceed the recent ones by so
+      many standard deviations, see `LossWatch`; None stops at a loss that is no number.
     seed: of weights, dropout and jitter; `data` has its own.
     strategy: how to go on from a validation text at the end, to show what was learnt; None does not.
     max_new_tokens: how far.
@@ -84,7 +94,8 @@ def train(
     What `summary.json` holds.
 
   Raises:
-    ConfigError: if the pieces do not fit together, or the loss is no longer a number.
+    ConfigError: if the pieces do not fit together, another process trains in `model_dir`, or the loss is no longer a
+      number.
     Preempted: on SIGTERM, when all is saved.
   """
   at_least_one(
@@ -108,20 +119,22 @@ def train(
   objective = data.tell_bytes(objective)
 
   checkpoints = Checkpointer(folder, keep=checkpoints_to_keep, asynchronous=async_checkpoints)
-  with program.activate(), checkpoints as checkpointer:
+  with program.activate(), locked(folder), checkpoints as checkpointer:
     # ---- Begin, or go on --------------------------------------------------------------------------------------------
     batches = data.batches(program.mesh, 'train')
     if checkpointer.latest_step() is None:
-      state = program.make_state()
+      state = (initial or Initial()).state(program)
     else:
       state = checkpointer.restore(program.state_spec, batches)
+      if state.opt_state is None:
+        state = program.with_fresh_optimizer(state)
       say(f'Going on from step {int(state.step)} in {checkpointer.directory}')
-    first = int(state.step)
+    first = step = int(state.step)
     if main:  # only now: what does not fit the run leaves its configuration alone
       (folder / 'config.gin').write_text(config)
 
     # ---- Compile ----------------------------------------------------------------------------------------------------
-    update = compiled_step(program, objective, microbatches, seed)
+    update = compiled_step(program, objective, microbatches, trainable, seed)
     evaluate = jax.jit(functools.partial(eval_step, objective=objective), out_shardings=program.everywhere)
 
     def validate(state: TrainState) -> dict[str, Any]:
@@ -132,26 +145,37 @@ def train(
     outputs = MetricsLog(folder, resume_step=first), Progress(first, train_steps)
     with outputs[0] as log, outputs[1] as progress, Preemption(checkpointer) as preemption:
       logged, productive = time.perf_counter(), 0.0
-      waiting: list[tuple[int, Any]] = []
-      for step in range(first + 1, train_steps + 1):
+      compiled, waiting = False, []
+      watch = LossWatch(roll_back) if roll_back is not None else None
+      while step < train_steps:
+        step += 1
         profiler.before(step, folder)
         called = time.perf_counter()
         state, metrics = update(state, next(batches))
-        if step == first + 1:  # this call compiles, which is no work on the model
+        if not compiled:  # the call did, which is no work on the model
           logged += time.perf_counter() - called
+          compiled = True
         waiting.append((step, metrics))
         profiler.after(step, state)
         preempted = preemption.reached(step)
         last = step == train_steps or preempted
         if step % log_period == 0 or step % checkpoint_period == 0 or step % eval_period == 0 or last:
           waiting = [(number, jax.device_get(values)) for number, values in waiting]
-          for number, values in waiting:
-            check_finite(number, values, checkpointer)
+          if (bad := diverged(waiting, watch, checkpointer)) is not None:
+            state = go_back(program, checkpointer, watch, bad)
+            step = int(state.step)
+            log.drop_after(step)
+            progress.note(f'The loss diverged at step {bad}: back to step {step}, and on with other batches')
+            waiting, logged = [], time.perf_counter()
+            if preempted:
+              raise Preempted(f'SIGTERM: stopped. The same command goes on from step {step}.')
+            continue
           now = time.perf_counter()
           seconds, tokens = (now - logged) / len(waiting), sum(values['target_tokens'] for _, values in waiting)
           productive += now - logged
           values = {**waiting[-1][1], 'step_seconds': seconds, 'tokens_per_second': tokens / (now - logged)}
           values['goodput'] = productive / (now - started)
+          values |= {'roll_backs': watch.times} if watch else {}
           values = with_bits_per_byte(values)
           log.write(step, 'train', values)
           progress.update(step, values)
@@ -213,6 +237,36 @@ def say_results(summary: dict[str, Any]) -> None:
     say(f'\na text it has not seen\n{summary["sample"]["prompt"]}')
     say(f'\n... and how it goes on\n{summary["sample"]["continuation"]}')
   say(f'\nreport: {summary["report"]}')
+
+
+def diverged(losses: Sequence[tuple[int, Any]], watch: LossWatch | None, checkpointer: Checkpointer) -> int | None:
+  """The step where the run began to diverge, of steps and their metrics, or None; without a watch such a run stops."""
+  for step, values in losses:
+    if values.get('skipped'):
+      continue
+    if watch is None:
+      check_finite(step, values, checkpointer)
+    elif (began := watch.diverged(step, float(values['loss'] + 0 * values['parameter_norm']))) is not None:
+      return began
+  return None
+
+
+def go_back(program: Program, checkpointer: Checkpointer, watch: Any, diverged_at: int) -> TrainState:
+  """The state of the newest checkpoint before a divergence; those after it are deleted.
+
+  Raises:
+    ConfigError: if there is none, or the run went back too often.
+  """
+  checkpointer.wait()
+  watch.count(diverged_at)
+  before = [step for step in checkpointer.all_steps() if step < diverged_at]
+  if not before:
+    raise ConfigError(
+      f'The loss diverged at step {diverged_at}, and no checkpoint is older: stopped. Lower the learning rate, or set a'
+      ' shorter CHECKPOINT_PERIOD and more CHECKPOINTS_TO_KEEP.'
+    )
+  checkpointer.delete_after(before[-1])
+  return checkpointer.restore(program.state_spec, step=before[-1])
 
 
 def check_finite(step: int, values: Any, checkpointer: Checkpointer) -> None:

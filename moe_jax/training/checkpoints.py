@@ -1,5 +1,6 @@
-"""Checkpoints: Orbax, asynchronous, with the data iterator's position inside."""
+"""Checkpoints: Orbax, asynchronous, with the data iterator's position and a fingerprint of every array inside."""
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,8 +10,10 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging
 
+from moe_jax.notices import notice
+from moe_jax.training.fingerprints import fingerprints
 from moe_jax.training.state import TrainState
-from moe_jax.types import Batch, ConfigError
+from moe_jax.types import Batch, ConfigError, Damaged
 
 PyTree = Any
 
@@ -61,7 +64,11 @@ class Checkpointer:
       raise ConfigError(f'No checkpoints in {directory}: train there first, or set MODEL_DIR.')
     self._manager = ocp.CheckpointManager(
       directory,
-      item_handlers={'state': ocp.PyTreeCheckpointHandler(), 'data': _IteratorHandler()},
+      item_handlers={
+        'state': ocp.PyTreeCheckpointHandler(),
+        'data': _IteratorHandler(),
+        'fingerprints': ocp.JsonCheckpointHandler(),
+      },
       options=ocp.CheckpointManagerOptions(
         max_to_keep=None if read_only else keep,
         create=not read_only,
@@ -70,6 +77,8 @@ class Checkpointer:
       ),
     )
     self.directory = directory
+    self._fingerprints = jax.jit(fingerprints)
+    self._set_aside = None if read_only or jax.process_count() > 1 else directory.parent / 'damaged_checkpoints'
 
   def latest_step(self) -> int | None:
     """The newest complete checkpoint's step; a half-written one does not count."""
@@ -79,52 +88,128 @@ class Checkpointer:
     """Steps of all complete checkpoints, oldest first."""
     return sorted(self._manager.all_steps())
 
-  def save(self, state: TrainState, iterator: SavableIterator) -> None:
-    """Starts saving; the files are written while training goes on, and appear under their name only when whole."""
-    step = int(state.step)
-    if step not in self._manager.all_steps():
-      items = ocp.args.Composite(state=ocp.args.PyTreeSave(_as_dict(state)), data=_SaveIterator(iterator))
-      self._manager.save(step, args=items, force=True)
+  def save(self, state: TrainState, iterator: SavableIterator | None = None) -> None:
+    """Starts saving; the files are written while training goes on, and appear under their name only when whole.
+
+    Args:
+      state: where `opt_state` is None it is weights alone, to begin other runs with.
+      iterator: whose place in the data is saved too.
+
+    Raises:
+      ConfigError: if this or the save before it cannot be written, such as on a full disk.
+    """
+    step, tree = int(state.step), _as_dict(state)
+    if step in self._manager.all_steps():
+      return
+    marks = {path: int(mark) for path, mark in jax.device_get(self._fingerprints(tree)).items()}
+    items = {'state': ocp.args.PyTreeSave(tree), 'fingerprints': ocp.args.JsonSave(marks)}
+    if iterator is not None:
+      items['data'] = _SaveIterator(iterator)
+    with self._writing():
+      self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    try:
+      yield
+    except (ValueError, OSError, RuntimeError) as error:
+      self._manager.reload()
+      whole = self.latest_step()
+      safe = f'that of step {whole} is whole' if whole is not None else 'there is none before it'
+      raise ConfigError(
+        f'A checkpoint cannot be written to {self.directory} ({_reason(error)}); {safe}. Make room, and run again.'
+      ) from error
 
   def restore(
     self, state_spec: TrainState, iterator: SavableIterator | None = None, step: int | None = None
   ) -> TrainState:
     """Reads a state straight onto the devices its spec names, and moves the data iterator to where it stood.
 
+    If no step is asked for, a damaged checkpoint is passed over for the one before it, with a notice, and moved to
+    `MODEL_DIR/damaged_checkpoints`. Of several hosts, which would have to agree, each stops instead.
+
     Args:
       state_spec: shapes, types and shardings; where `opt_state` is None, it is not read.
       iterator: restored in place; None leaves data alone.
       step: which; None is the newest.
 
+    Returns:
+      The state; of a checkpoint of weights alone, its `opt_state` is None and the iterator has not moved.
+
     Raises:
-      ConfigError: if the checkpoint holds other parameters or shapes, or cannot be read.
+      ConfigError: if the checkpoint holds other parameters or shapes.
+      Damaged: if it cannot be read, nor any before it.
     """
-    step = self.latest_step() if step is None else step
+    if step is not None:
+      return self._read(state_spec, iterator, step)
+    steps = self.all_steps()
+    for step in reversed(steps):
+      try:
+        return self._read(state_spec, iterator, step)
+      except Damaged as error:
+        if step == steps[0] or jax.process_count() > 1:  # hosts would have to agree on which is whole
+          raise
+        notice(f'{error} Going on from the one before.')
+        if self._set_aside:
+          self._set_aside.mkdir(exist_ok=True)
+          (self.directory / str(step)).rename(self._set_aside / f'{step}_{len(list(self._set_aside.iterdir()))}')
+          self._manager.reload()
+    raise ConfigError(f'No whole checkpoint in {self.directory}.')
+
+  def _read(self, state_spec: TrainState, iterator: SavableIterator | None, step: int) -> TrainState:
     wanted = {key: value for key, value in _as_dict(state_spec).items() if value is not None}
-    items = {
-      'state': ocp.args.PyTreeRestore(
-        wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
-      )
-    }
-    if iterator is not None:
-      items['data'] = _RestoreIterator(iterator)
     try:
-      self._check_shapes(wanted, step)
+      saved = self._saved_tree(step)
+      if saved.get('opt_state') is None:  # weights alone
+        wanted.pop('opt_state', None)
+        iterator = None
+      self._check_shapes(wanted, saved, step)
+      restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
+      items = {'state': ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True)}
+      if (self.directory / str(step) / 'fingerprints').exists():  # there were none once
+        items['fingerprints'] = ocp.args.JsonRestore()
+      if iterator is not None:
+        items['data'] = _RestoreIterator(iterator)
       restored = self._manager.restore(step, args=ocp.args.Composite(**items))
     except ConfigError:
       raise
-    except (ValueError, OSError, KeyError) as error:
-      reason = (str(error).splitlines() or [type(error).__name__])[0][:80]
-      raise ConfigError(
-        f'The checkpoint {self.directory}/{step} cannot be read ({reason}...):'
-        ' move that folder aside to go on from the one before.'
-      ) from error
+    except Exception as error:  # whatever a reader makes of bytes that nobody wrote
+      raise self._damaged(step, f'cannot be read ({_reason(error)})') from error
+    marks = jax.device_get(self._fingerprints(restored['state']))
+    for path, mark in (restored.get('fingerprints') or {}).items():
+      if path in marks and marks[path] != mark:
+        raise self._damaged(step, f'is damaged: {path} is not what was saved')
     logging.info('Restored step %d from %s', step, self.directory)
-    return dataclasses.replace(state_spec, **restored['state'])
+    return dataclasses.replace(state_spec, **{'opt_state': None, **restored['state']})
 
-  def _check_shapes(self, wanted: PyTree, step: int | None) -> None:
+  def parameters(self, step: int | None = None) -> PyTree:
+    """Shapes and types of the parameters that were saved, as jax.ShapeDtypeStructs.
+
+    Raises:
+      Damaged: if they cannot be read.
+    """
+    step = self.latest_step() if step is None else step
+    try:
+      saved = self._saved_tree(step)['params']
+    except Exception as error:
+      raise self._damaged(step, f'cannot be read ({_reason(error)})') from error
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), saved, is_leaf=lambda x: hasattr(x, 'shape'))
+
+  def delete_after(self, step: int) -> None:
+    """Deletes the checkpoints of later steps."""
+    self.wait()
+    for later in self.all_steps():
+      if later > step:
+        self._manager.delete(later)
+
+  def _damaged(self, step: int | None, what: str) -> Damaged:
+    return Damaged(f'The checkpoint {self.directory}/{step} {what}: move it aside to go on from the one before.')
+
+  def _saved_tree(self, step: int | None) -> PyTree:
     metadata = self._manager.item_metadata(step)['state']
-    tree = getattr(metadata, 'tree', metadata)
+    return getattr(metadata, 'tree', metadata)
+
+  def _check_shapes(self, wanted: PyTree, tree: PyTree, step: int) -> None:
     saved, here = _shapes({key: tree.get(key) for key in wanted}), _shapes(wanted)
     for path in [*here, *saved]:
       if saved.get(path) != here.get(path):
@@ -140,7 +225,8 @@ class Checkpointer:
 
   def wait(self) -> None:
     """Waits until what was being saved is whole."""
-    self._manager.wait_until_finished()
+    with self._writing():
+      self._manager.wait_until_finished()
 
   def close(self) -> None:
     """Waits, and lets go of the folder."""
@@ -156,7 +242,13 @@ class Checkpointer:
 
 
 def _as_dict(state: TrainState) -> dict[str, PyTree]:
-  return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+  """The parts that there are."""
+  parts = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+  return {name: part for name, part in parts.items() if part is not None}
+
+
+def _reason(error: Exception) -> str:
+  return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
 
 
 def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:

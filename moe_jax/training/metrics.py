@@ -45,11 +45,16 @@ class MetricsLog:
     from clu import metric_writers  # imports TensorFlow
 
     self._writer = metric_writers.create_default_writer(str(model_dir), just_logging=jax.process_index() > 0)
-    self._file = None
+    self._path, self._file = model_dir / 'metrics.jsonl', None
+    self.drop_after(resume_step)
+
+  def drop_after(self, step: int) -> None:
+    """Drops the lines of later steps, which a run that went back to this one did for nothing."""
     if jax.process_index() == 0:
-      path = model_dir / 'metrics.jsonl'
-      _keep_until(path, resume_step)
-      self._file = path.open('a')
+      if self._file:
+        self._file.close()
+      _keep_until(self._path, step)
+      self._file = self._path.open('a')
 
   def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
     """Logs one step. Arrays, such as the load of each expert, go whole to JSON and by their mean to TensorBoard."""

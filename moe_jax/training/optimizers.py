@@ -3,14 +3,16 @@
 An optimizer here is a function of the parameters' logical axis names (see `state.OptimizerFactory`).
 """
 
-from collections.abc import Callable
-from typing import Any
+import difflib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from moe_jax.types import Array
+from moe_jax.types import Array, ConfigError
 
 PyTree = Any
 Schedule = Callable[[Array], Array]
@@ -84,6 +86,106 @@ def adamw(
 
 def _is_names(x: Any) -> bool:
   return isinstance(x, tuple)
+
+
+def with_policies(
+  axes: PyTree,
+  optimizer: Callable[[PyTree], optax.GradientTransformation],
+  trainable: Sequence[str] = (),
+  skip_above: float | None = None,
+) -> optax.GradientTransformation:
+  """An optimizer of some parameters only, that passes over bad batches.
+
+  Args:
+    axes: logical axis names of each parameter.
+    optimizer: made from axes.
+    trainable: see `trainable_mask`.
+    skip_above: see `skip_bad_batches`; None takes every batch.
+  """
+  if trainable:
+    mask = trainable_mask(axes, trainable)
+    kept = jax.tree.map(lambda on, names: names if on else optax.MaskedNode(), mask, axes)
+    frozen = jax.tree.map(lambda on: not on, mask)
+    transform = optax.chain(optax.masked(optimizer(kept), mask), optax.masked(optax.set_to_zero(), frozen))
+  else:
+    transform = optimizer(axes)
+  return transform if skip_above is None else skip_bad_batches(transform, skip_above)
+
+
+def trainable_mask(tree: PyTree, patterns: Sequence[str]) -> PyTree:
+  """bool of each parameter: whether a pattern is found in its path, such as 'decoder/blocks/moe/experts/wo'; () is all.
+
+  Args:
+    tree: of parameters, or of their axis names.
+    patterns: regular expressions.
+
+  Raises:
+    ConfigError: if a pattern is found in no path.
+  """
+  paths = jax.tree_util.tree_map_with_path(lambda path, _: _slashed(path), tree, is_leaf=_is_names)
+  every = jax.tree.leaves(paths)
+  for pattern in patterns:
+    try:
+      found = any(re.search(pattern, path) for path in every)
+    except re.error as error:
+      raise ConfigError(f'TRAINABLE: {pattern!r} is no regular expression ({error}).') from error
+    if not found:
+      near = difflib.get_close_matches(pattern, every, n=1, cutoff=0)
+      raise ConfigError(f'TRAINABLE: no parameter has {pattern!r} in its path; one is {"".join(near)}.')
+  return jax.tree.map(lambda path: not patterns or any(re.search(pattern, path) for pattern in patterns), paths)
+
+
+def _slashed(path: Any) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator='/')
+
+
+class SkipState(NamedTuple):
+  """Of `skip_bad_batches`.
+
+  Attributes:
+    accepted: whether the last batch was taken, bool[].
+    skipped: how many were not, int32[].
+    mean_norm: the running mean of the gradient norms of those that were, float32[].
+    inner: the optimizer's.
+  """
+
+  accepted: Array
+  skipped: Array
+  mean_norm: Array
+  inner: PyTree
+
+
+def skip_bad_batches(inner: optax.GradientTransformation, above: float) -> optax.GradientTransformation:
+  """Changes nothing on a batch whose gradient is not finite (GLaM), or far larger than of late.
+
+  Args:
+    inner: what else to do.
+    above: in multiples of the running mean of the global gradient norm; infinity passes over the not finite alone.
+
+  Raises:
+    ConfigError: if `above` is not more than 1.
+  """
+  if not above > 1:
+    raise ConfigError(f'SKIP_ABOVE={above}: a multiple of the usual gradient norm above 1 is wanted, such as 10.0.')
+
+  def init(params: PyTree) -> SkipState:
+    return SkipState(jnp.bool_(True), jnp.int32(0), jnp.float32(0), inner.init(params))
+
+  def update(updates: PyTree, state: SkipState, params: PyTree | None = None) -> tuple[PyTree, SkipState]:
+    norm = optax.global_norm(updates).astype(jnp.float32)
+    first = state.mean_norm == 0
+    accepted = jnp.isfinite(norm) & (first | (norm <= above * state.mean_norm))
+    safe = jax.tree.map(lambda x: jnp.where(accepted, x, 0), updates)
+    safe, after = inner.update(safe, state.inner, params)
+    mean_norm = jnp.where(first, norm, 0.99 * state.mean_norm + 0.01 * norm)
+    return jax.tree.map(lambda x: jnp.where(accepted, x, 0), safe), SkipState(
+      accepted=accepted,
+      skipped=state.skipped + jnp.where(accepted, 0, 1),
+      mean_norm=jnp.where(accepted, mean_norm, state.mean_norm),
+      inner=jax.tree.map(lambda new, old: jnp.where(accepted, new, old), after, state.inner),
+    )
+
+  return optax.GradientTransformation(init, update)
 
 
 def each_matrix(transform: optax.GradientTransformation, axes: PyTree) -> optax.GradientTransformation:

@@ -1,5 +1,6 @@
 """One training step, and one evaluation step."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import optax
 
 from moe_jax.batch import split_microbatches
 from moe_jax.objectives import Objective
+from moe_jax.training.optimizers import trainable_mask
 from moe_jax.training.state import TrainState
 from moe_jax.types import Array, Batch, Metrics
 
@@ -15,7 +17,14 @@ PyTree = Any
 
 
 def gradients(
-  params: PyTree, variables: PyTree, batch: Batch, key: Array, *, objective: Objective, microbatches: int = 1
+  params: PyTree,
+  variables: PyTree,
+  batch: Batch,
+  key: Array,
+  *,
+  objective: Objective,
+  microbatches: int = 1,
+  trainable: Sequence[str] = (),
 ) -> tuple[PyTree, PyTree, Metrics]:
   """Gradients of the whole batch, taken microbatch by microbatch to save memory.
 
@@ -26,12 +35,16 @@ def gradients(
     key: of dropout and jitter; every microbatch draws its own.
     objective: model and loss.
     microbatches: pieces; losses, metrics and gradients are those of the whole.
+    trainable: see `optimizers.trainable_mask`; other gradients are 0, and cost nothing.
 
   Returns:
     Gradients like `params`, the variables after, and metrics, float32 each.
   """
 
+  mask = trainable_mask(params, trainable)
+
   def loss(params: PyTree, variables: PyTree, piece: Batch, key: Array) -> tuple[Array, tuple[Metrics, PyTree]]:
+    params = jax.tree.map(lambda x, on: x if on else jax.lax.stop_gradient(x), params, mask)
     rngs = dict(zip(('dropout', 'router'), jax.random.split(key), strict=True))
     return objective.loss({'params': params, **variables}, piece, rngs, train=True)
 
@@ -53,15 +66,27 @@ def train_step(
   objective: Objective,
   transform: optax.GradientTransformation,
   microbatches: int = 1,
+  trainable: Sequence[str] = (),
   seed: int = 0,
 ) -> tuple[TrainState, Metrics]:
   """One update: gradients, then the optimizer. Every step draws its own dropout and jitter from `seed`."""
   key = jax.random.fold_in(jax.random.key(seed), state.step)
   grads, variables, metrics = gradients(
-    state.params, state.variables, batch, key, objective=objective, microbatches=microbatches
+    state.params,
+    state.variables,
+    batch,
+    key,
+    objective=objective,
+    microbatches=microbatches,
+    trainable=trainable,
   )
   updates, opt_state = transform.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
+  accepted = optax.tree_utils.tree_get(opt_state, 'accepted')  # of `optimizers.skip_bad_batches`, where that is used
+  if accepted is not None:
+    variables = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), variables, state.variables)
+    metrics['skipped_batches'] = optax.tree_utils.tree_get(opt_state, 'skipped')
+    metrics['skipped'] = ~accepted
   metrics['gradient_norm'] = optax.global_norm(grads)
   metrics['parameter_norm'] = optax.global_norm(params)  # after the update: what is no number shows before it is saved
   return TrainState(state.step + 1, params, opt_state, variables), metrics

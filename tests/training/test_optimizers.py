@@ -8,6 +8,7 @@ import pytest
 
 from moe_jax.training import optimizers
 from moe_jax.training.state import Names
+from moe_jax.types import ConfigError
 
 AXES = {
   'experts': Names(('layers', 'expert', 'embed', 'expert_mlp')),
@@ -112,3 +113,45 @@ def test_inverse_sqrt_warms_up_linearly_on_request():
 def test_cosine_begins_peaks_and_ends_where_it_should():
   schedule = optimizers.cosine(2.0, total_steps=100, warmup_steps=10)
   assert [float(schedule(step)) for step in (0, 5, 10, 55, 100)] == pytest.approx([0.0, 1.0, 2.0, 1.1, 0.2], abs=1e-6)
+
+
+def test_what_is_frozen_stays_and_has_no_state(getkey):
+  params, gradient, _ = trees(getkey)
+  policies = {'axes': AXES, 'optimizer': lambda axes: optimizers.adamw(axes, lambda _: 0.1)}
+  after, state = run(optimizers.with_policies(**policies, trainable=['^dense$', 'sca']), params, gradient)
+  np.testing.assert_array_equal(after['experts'], params['experts'])
+  assert np.all(after['dense'] != params['dense']) and np.all(after['scale'] != params['scale'])
+  moments = sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim)
+  assert moments == 2 * (params['dense'].size + params['scale'].size)
+  # The others are updated, clipped and decayed as if they were all there is.
+  alone = {name: AXES[name] for name in ('dense', 'scale')}
+  without = lambda tree: {name: tree[name] for name in alone}  # noqa: E731
+  expected, _ = run(optimizers.adamw(alone, lambda _: 0.1), without(params), without(gradient))
+  jax.tree.map(np.testing.assert_array_equal, without(after), expected)
+
+
+def test_a_pattern_that_fits_nothing_is_named():
+  with pytest.raises(ConfigError, match=r"no parameter has 'exprts' in its path; one is experts\."):
+    optimizers.trainable_mask(AXES, ['exprts'])
+  with pytest.raises(ConfigError, match='no regular expression'):
+    optimizers.trainable_mask(AXES, ['('])
+
+
+@pytest.mark.parametrize('bad', [jnp.nan, jnp.inf, 20.0])
+def test_a_bad_batch_changes_nothing(getkey, bad):
+  params, first, second = trees(getkey)
+  wrong = {**first, 'dense': first['dense'] * bad}  # its norm is a third of all at first
+  make = lambda above: optimizers.skip_bad_batches(optimizers.adamw(AXES, lambda _: 0.1), above)  # noqa: E731
+  expected, plain = run(make(5.0), params, first, second)
+  after, state = run(make(5.0), params, first, wrong, second)
+  jax.tree.map(np.testing.assert_array_equal, after, expected)
+  jax.tree.map(np.testing.assert_array_equal, state.inner, plain.inner)
+  assert int(state.skipped) == 1 and bool(state.accepted) and int(plain.skipped) == 0
+  if jnp.isfinite(bad):
+    _, state = run(make(jnp.inf), params, first, wrong)
+    assert int(state.skipped) == 0
+
+
+def test_skipping_needs_a_multiple():
+  with pytest.raises(ConfigError, match='SKIP_ABOVE=1'):
+    optimizers.skip_bad_batches(optax.identity(), 1.0)

@@ -1,0 +1,80 @@
+"""Where a run's first weights come from: drawn at random, or another run's, as they are or made into this model's."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from moe_jax.runs.setup import Program
+from moe_jax.training.checkpoints import Checkpointer
+from moe_jax.training.state import TrainState
+from moe_jax.types import ConfigError
+
+PyTree = Any
+Transform = Callable[[PyTree, PyTree], PyTree]
+
+
+@dataclasses.dataclass(frozen=True)
+class Initial:
+  """Another run's weights. The optimizer, the step and the data begin anew.
+
+  Attributes:
+    path: a MODEL_DIR, of which the newest checkpoint is taken, or MODEL_DIR/checkpoints/STEP; None draws at random.
+    transform: makes this model's parameters of the other's and of those that this model would begin with by itself, as
+      upcycling does; routers' memories then begin anew. None takes parameters and memories as they are.
+  """
+
+  path: str | None = None
+  transform: Transform | None = None
+
+  def state(self, program: Program) -> TrainState:
+    """The first state. Call it inside `program.activate`.
+
+    Raises:
+      ConfigError: if there is no such checkpoint, or it is of another model and there is no transform.
+    """
+    if self.path is None:
+      return program.make_state()
+    folder, step = find(self.path)
+    spec = dataclasses.replace(program.state_spec, opt_state=None)
+    with Checkpointer(folder, read_only=True) as checkpointer:
+      if self.transform:
+        saved = jax.tree.map(lambda x: spread(program.mesh, x), checkpointer.parameters(step))
+        spec = dataclasses.replace(spec, params=saved, variables=None)
+      other = checkpointer.restore(spec, step=step)
+
+    def begin(params: PyTree, variables: PyTree) -> TrainState:
+      fresh = program.make_state()
+      if self.transform:
+        return dataclasses.replace(fresh, params=self.transform(params, fresh.params))
+      return dataclasses.replace(fresh, params=params, variables=variables)
+
+    shardings = jax.tree.map(lambda x: x.sharding, program.state_spec)
+    return jax.jit(begin, out_shardings=shardings)(other.params, other.variables)
+
+
+def find(path: str) -> tuple[Path, int | None]:
+  """The MODEL_DIR and the step that a path names, None being the newest.
+
+  Raises:
+    ConfigError: if no checkpoint is there.
+  """
+  folder, step = Path(path).expanduser().absolute(), None
+  if folder.name.isdigit() and folder.parent.name == 'checkpoints':
+    folder, step = folder.parent, int(folder.name)
+  if folder.name == 'checkpoints':
+    folder = folder.parent
+  if not (folder / 'checkpoints' / str('' if step is None else step)).is_dir():
+    raise ConfigError(f'INITIAL_CHECKPOINT_PATH={path!r} holds no checkpoint: give a MODEL_DIR that does.')
+  return folder, step
+
+
+def spread(mesh: Mesh, shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+  """An array of any model, its largest axis split over the whole mesh where that goes, lest a device hold it whole."""
+  axis = max(range(len(shape.shape)), key=shape.shape.__getitem__, default=0)
+  split = shape.shape and shape.shape[axis] % mesh.size == 0
+  spec = PartitionSpec(*(None,) * axis, mesh.axis_names) if split else PartitionSpec()
+  return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=NamedSharding(mesh, spec))

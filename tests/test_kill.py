@@ -1,0 +1,81 @@
+"""A training run killed again and again, at any moment, becomes what it would have been."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from moe_jax.training.fingerprints import fingerprints
+from tests.test_run import ROOT, SMALL
+
+TIMING = ('step_seconds', 'tokens_per_second', 'goodput')
+
+
+def start(folder, corpus, steps):
+  """With all optimizations, as users run it, on eight pretended devices; it saves every other step."""
+  more = [f'--gin.TRAIN_STEPS={steps}', '--gin.CHECKPOINT_PERIOD=2', '--gin.CHECKPOINTS_TO_KEEP=3']
+  more += ['--gin.EVAL_PERIOD=1000', '--gin.STRATEGY=None', f"--gin.MODEL_DIR='{folder}'"]
+  command = [sys.executable, 'run.py', '--gin_file=gin/experiments/quickstart.gin', *SMALL, *more]
+  environment = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'LOCAL_TEXT_GLOB': str(corpus / '*.py')}
+  output = (folder.parent / f'{folder.name}.log').open('a')
+  return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
+
+
+def check_whole(folder):
+  """Every checkpoint that can be seen holds what was saved in it."""
+  steps = sorted(int(path.name) for path in (folder / 'checkpoints').glob('*') if path.name.isdigit())
+  for step in steps:
+    place = folder / 'checkpoints' / str(step)
+    state = ocp.PyTreeCheckpointer().restore(place / 'state')
+    saved = json.loads((place / 'fingerprints' / 'metadata').read_text())
+    assert set(jax.device_get(jax.jit(fingerprints)(state)).values()) == {np.uint32(mark) for mark in saved.values()}
+    assert list((place / 'data').glob('iterator*'))
+  return steps
+
+
+def lines(folder):
+  rows = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+  return [{key: value for key, value in row.items() if key not in TIMING} for row in rows]
+
+
+def final_marks(folder, steps):
+  return json.loads((folder / 'checkpoints' / str(steps) / 'fingerprints' / 'metadata').read_text())
+
+
+@pytest.mark.parametrize('kills', [2, pytest.param(30, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_it_goes_on_bit_by_bit(tmp_path, kills):
+  corpus = tmp_path / 'corpus'
+  corpus.mkdir()
+  for i in range(8):
+    (corpus / f'{i}.py').write_text(f'def f{i}(x):\n  return x + {i}\n\n\n' * 200)
+  steps, rng = 8 + 10 * kills, random.Random(kills)
+  whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+  assert start(whole, corpus, steps).wait(600) == 0, (tmp_path / 'whole.log').read_text()
+  resumed = []
+  for _ in range(kills):
+    process, last = start(killed, corpus, steps), (resumed or [0])[-1]
+    # Sometimes while it starts, mostly some steps later, when it is training and saving.
+    goal, deadline = last + rng.choice([0, 2, 3, 4, 6]), time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < deadline:
+      path = killed / 'metrics.jsonl'
+      text = path.read_text() if path.exists() else ''
+      if goal == last or text.count('\n') >= goal:
+        break
+      time.sleep(0.005)
+    time.sleep(rng.random() * (10.0 if goal == last else 0.3))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    resumed.append(max(check_whole(killed), default=0) if (killed / 'checkpoints').exists() else 0)
+  assert resumed[-1] > 0 and resumed == sorted(resumed), resumed
+  assert start(killed, corpus, steps).wait(600) == 0, (tmp_path / 'killed.log').read_text()[-2000:]
+  print(f'killed {kills} times, and left with checkpoints of steps {resumed}')
+  assert lines(killed) == lines(whole)
+  assert final_marks(killed, steps) == final_marks(whole, steps)
