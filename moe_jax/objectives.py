@@ -42,6 +42,7 @@ class LanguageModeling:
     consistency: if not 0, the model is applied twice in training, with different random draws; the loss is that of both
       plus this times the divergence of their predictions (THOR, Zuo et al. 2021: 1 to 5). Auxiliary losses are the
       first's.
+    aux_loss_scale: of all auxiliary losses together; 0 trains without them.
     token_bytes: how many bytes of text each token id stands for, to report bits per byte; () if unknown.
   """
 
@@ -49,6 +50,7 @@ class LanguageModeling:
   z_loss: float = 0.0
   label_smoothing: float = 0.0
   consistency: float = 0.0
+  aux_loss_scale: float = 1.0
   token_bytes: Sequence[int] = ()
 
   def counted(self, batch: Batch) -> Batch:
@@ -82,7 +84,7 @@ class LanguageModeling:
         others_loss = self.smoothed(jnp.sum(others_cross_entropy * weights) / count, others, weights, count)
         metrics['inconsistency'] = jnp.sum(symmetric_kl(logits, others) * weights) / count
         loss += others_loss + self.consistency * metrics['inconsistency']
-      auxiliary = total_loss(aux) + _reinforced(aux, jax.lax.stop_gradient(cross_entropy), weights)
+      auxiliary = self.aux_loss_scale * total_loss(aux) + _reinforced(aux, jax.lax.stop_gradient(cross_entropy), weights)
       metrics |= {'aux_loss': auxiliary, **{f'loss/{key}': value for key, value in aux.losses.items()}}
       loss += auxiliary
     return loss, ({'loss': loss, **metrics, **aux.metrics}, state)

@@ -34,6 +34,11 @@ def inverse_sqrt(peak: float = 0.01, warmup_steps: int = 10_000, linear_warmup: 
   return schedule
 
 
+def constant(peak: float, warmup_steps: int = 0) -> Schedule:
+  """Linear warm-up to `peak`, which is then kept (T5X's fine-tuning)."""
+  return optax.linear_schedule(0.0 if warmup_steps else peak, peak, warmup_steps)
+
+
 def cosine(peak: float, total_steps: int, warmup_steps: int = 0, final_fraction: float = 0.1) -> Schedule:
   """Linear warm-up to `peak`, then half a cosine down to `final_fraction` of it at `total_steps`."""
   warmup = min(warmup_steps, max(total_steps - 1, 0))
