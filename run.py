@@ -105,10 +105,10 @@ def check_imports(config: str, search_paths: list[str]) -> None:
   Raises:
     ConfigError: naming another module, whose functions might do anything.
   """
-  own = [os.path.realpath(path) for path in (*search_paths, HERE)]
+  own = [os.path.realpath(path) for path in (*search_paths, str(HERE))]
   for module in set(re.findall(r'^(?:from|import) ([\w.]+)', config, re.MULTILINE)) - {'__gin__'}:
     top = module.split('.')[0]
-    origin = os.path.realpath(getattr(sys.modules.get(top), '__file__', None) or os.sep)
+    origin = os.path.realpath(str(getattr(sys.modules.get(top), '__file__', os.sep)))
     installed = re.search(rf'{os.sep}(site|dist)-packages{os.sep}', origin)
     if top in PACKAGES or (not installed and any(origin.startswith(path + os.sep) for path in own)):
       continue

@@ -84,7 +84,8 @@ class LanguageModeling:
         others_loss = self.smoothed(jnp.sum(others_cross_entropy * weights) / count, others, weights, count)
         metrics['inconsistency'] = jnp.sum(symmetric_kl(logits, others) * weights) / count
         loss += others_loss + self.consistency * metrics['inconsistency']
-      auxiliary = self.aux_loss_scale * total_loss(aux) + _reinforced(aux, jax.lax.stop_gradient(cross_entropy), weights)
+      auxiliary = self.aux_loss_scale * total_loss(aux)
+      auxiliary += _reinforced(aux, jax.lax.stop_gradient(cross_entropy), weights)
       metrics |= {'aux_loss': auxiliary, **{f'loss/{key}': value for key, value in aux.losses.items()}}
       loss += auxiliary
     return loss, ({'loss': loss, **metrics, **aux.metrics}, state)

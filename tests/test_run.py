@@ -1,6 +1,8 @@
 """The command line from end to end: a run and its files, a run that is killed, and bad input."""
 
+import itertools
 import json
+import math
 import os
 import pathlib
 
@@ -11,6 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import run
+from moe_jax.runs.setup import compiled_step
 
 ROOT = pathlib.Path(__file__).parents[1]
 QUICKSTART = ['--gin_file=gin/experiments/quickstart.gin']
@@ -121,6 +124,58 @@ def test_a_loss_that_is_no_number_stops_the_run_before_it_is_saved(tmp_path, cap
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state['params'])), step
 
 
+def test_it_goes_back_where_it_diverges_and_counts_that(tmp_path, monkeypatch):
+  folder, calls = tmp_path / 'run', itertools.count(1)
+
+  def spoilt(*args):
+    step = compiled_step(*args)
+
+    def one(state, batch):
+      state, metrics = step(state, batch)
+      return state, {**metrics, 'loss': metrics['loss'] * (math.nan if next(calls) == 6 else 1.0)}
+
+    return one
+
+  monkeypatch.setattr('moe_jax.runs.train.compiled_step', spoilt)
+  more = ['--gin.ROLL_BACK=6.0', '--gin.SKIP_ABOVE=1e30', "--gin.TRAINABLE=('^(?!.*/moe/)',)", '--gin.STRATEGY=None']
+  assert run.main(['--debug', *arguments(folder, *more)]) == 0
+  metrics = [line for line in lines(folder / 'metrics.jsonl') if line['split'] == 'train']
+  assert [line['step'] for line in metrics] == list(range(1, 9)), 'each step is told of once'
+  assert [line['roll_backs'] for line in metrics] == [0] * 3 + [1] * 5, 'step 6 went back to step 3'
+  assert all(line['skipped_batches'] == 0 for line in metrics) and next(calls) == 12
+  saved = ocp.PyTreeCheckpointer().restore(folder / 'checkpoints' / '8' / 'state')
+  assert sum(np.size(x) for x in jax.tree.leaves(saved['opt_state'])) < 0.5 * sum(
+    np.size(x) for x in jax.tree.leaves(saved['params'])
+  )
+
+  # Its weights are what another run may begin with.
+  gin.clear_config()
+  monkeypatch.undo()
+  monkeypatch.chdir(ROOT)
+  monkeypatch.setenv('LOCAL_TEXT_GLOB', str(tmp_path / 'corpus' / '*.py'))
+  more = [f"--gin.INITIAL_CHECKPOINT_PATH='{folder}'", '--gin.TRAIN_STEPS=1', '--gin.STRATEGY=None']
+  assert run.main(['--debug', *arguments(tmp_path / 'second', *more)]) == 0
+  assert lines(tmp_path / 'second' / 'metrics.jsonl')[0]['loss'] < metrics[0]['loss'] - 0.1
+
+
+def test_gin_reaches_what_it_may(tmp_path, capsys):
+  """This library, what it builds on, and files of the user's own; neither a file nor a binding gets further."""
+  (tmp_path / 'mine.py').write_text('def four(): return 4\n')
+  begin = 'from __gin__ import dynamic_registration\n'
+  (tmp_path / 'mine.gin').write_text(f'{begin}import mine\nGROUP_SIZE = 64\nmine.four.x = 1\n')
+  (tmp_path / 'bad.gin').write_text(f'{begin}import os\nMODEL_DIR = @os.getcwd()\n')
+  trained = arguments(tmp_path / 'run', '--dry_run')
+  assert run.main([*trained, f'--gin_file={tmp_path / "bad.gin"}']) == 1
+  assert "A gin file imports 'os', which is none of moe_jax" in capsys.readouterr().err
+  gin.clear_config()
+  assert run.main([*trained, "--gin.MODEL_DIR='x'\nimport os\nSPLIT=@os.getcwd()"]) == 1
+  error = capsys.readouterr().err.strip()
+  assert error.count('\n') == 0 and not (tmp_path / 'run').exists()
+  gin.clear_config()
+  assert run.main([*trained, '--gin.MODEL_DIR=@os.getcwd()']) == 1
+  assert capsys.readouterr().err.count('\n') == 1
+
+
 @pytest.mark.parametrize(
   'more, message',
   [
@@ -145,6 +200,9 @@ def test_a_loss_that_is_no_number_stops_the_run_before_it_is_saved(tmp_path, cap
     (['--gin.VOCAB_SIZE=128'], 'VOCAB_SIZE=128 is less than'),
     (['--gin_file=gin/experiments/nothing.gin'], 'nothing.gin'),
     (['--gin.NUM_EXPERTS=)'], 'NUM_EXPERTS'),
+    (["--gin.TRAINABLE=('exprts',)"], "no parameter has 'exprts' in its path"),
+    (['--gin.SKIP_ABOVE=0.5'], 'SKIP_ABOVE=0.5: a multiple'),
+    (["--gin.INITIAL_CHECKPOINT_PATH='nowhere'"], "INITIAL_CHECKPOINT_PATH='nowhere' holds no checkpoint"),
     (['--quick'], "Unknown argument '--quick'"),
   ],
 )

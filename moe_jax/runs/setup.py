@@ -177,7 +177,7 @@ def compiled_step(
   program: Program, objective: Objective, microbatches: int = 1, trainable: Sequence[str] = (), seed: int = 0
 ) -> Any:
   """The jitted training step, (state, batch) -> (state, metrics), in the place of the state that it is given."""
-  options = {'microbatches': microbatches, 'trainable': tuple(trainable), 'seed': seed}
+  options: dict[str, Any] = {'microbatches': microbatches, 'trainable': tuple(trainable), 'seed': seed}
   return jax.jit(
     functools.partial(train_step, objective=objective, transform=program.transform, **options),
     donate_argnums=0,

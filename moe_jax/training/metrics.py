@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import jax
 import numpy as np
@@ -45,7 +45,8 @@ class MetricsLog:
     from clu import metric_writers  # imports TensorFlow
 
     self._writer = metric_writers.create_default_writer(str(model_dir), just_logging=jax.process_index() > 0)
-    self._path, self._file = model_dir / 'metrics.jsonl', None
+    self._path = model_dir / 'metrics.jsonl'
+    self._file: IO[str] | None = None
     self.drop_after(resume_step)
 
   def drop_after(self, step: int) -> None:

@@ -90,7 +90,7 @@ def adamw(
 
 
 def _is_names(x: Any) -> bool:
-  return isinstance(x, tuple)
+  return isinstance(x, tuple) and not isinstance(x, optax.MaskedNode)
 
 
 def with_policies(

@@ -162,8 +162,8 @@ def test_a_flipped_bit_is_noticed_wherever_it_is(tmp_path, mesh):
 def test_the_checkpoint_before_a_damaged_one_is_used(tmp_path, mesh, caplog):
   before = saved(tmp_path, mesh(), step=5)
   saved(tmp_path, mesh(), step=7)
-  weights = max((tmp_path / 'checkpoints' / '7' / 'state').rglob('d/*'), key=lambda file: file.stat().st_size)
-  weights.write_bytes(weights.read_bytes()[:-100])
+  for file in (tmp_path / 'checkpoints' / '7' / 'state').rglob('d/*'):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
   _, spec = prepare(mesh())
   notice.cache_clear()
   with Checkpointer(tmp_path, read_only=True) as checkpointer:

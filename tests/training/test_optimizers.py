@@ -115,6 +115,17 @@ def test_cosine_begins_peaks_and_ends_where_it_should():
   assert [float(schedule(step)) for step in (0, 5, 10, 55, 100)] == pytest.approx([0.0, 1.0, 2.0, 1.1, 0.2], abs=1e-6)
 
 
+def test_adafactor_of_some_alone(getkey):
+  params, first, second = trees(getkey)
+  some = optimizers.with_policies(AXES, lambda axes: optimizers.adafactor(axes, lambda _: 0.1), ['experts'])
+  after, state = run(some, params, first, second)
+  expected, whole = run(optimizers.adafactor(AXES, lambda _: 0.1), params, first, second)
+  np.testing.assert_array_equal(after['experts'], expected['experts'])
+  np.testing.assert_array_equal(after['dense'], params['dense'])
+  size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))  # noqa: E731
+  assert size(state) < size(whole)
+
+
 def test_what_is_frozen_stays_and_has_no_state(getkey):
   params, gradient, _ = trees(getkey)
   policies = {'axes': AXES, 'optimizer': lambda axes: optimizers.adamw(axes, lambda _: 0.1)}
