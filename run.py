@@ -53,6 +53,7 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
   parser.add_argument('--gin_search_paths', default='.', help='comma-separated folders that gin files are found in')
   parser.add_argument('--dry_run', action='store_true', help='build everything, say how large it is, and stop')
   parser.add_argument('--search', action='store_true', help='plan: try other meshes, remat and microbatches too')
+  parser.add_argument('--teacher', help='train: the MODEL_DIR of a model to learn from, see gin/distill.gin')
   parser.add_argument('--prompt', action='append', help='infer: a text to continue, instead of the task')
   parser.add_argument('--model_dirs', nargs='+', help='report: the runs to compare')
   parser.add_argument('--routers', action='store_true', help='report: a picture of who goes where, for each router')
@@ -213,8 +214,12 @@ def run(flags: argparse.Namespace, bindings: list[str]) -> None:
     raise ConfigError('Which model? Give --gin_file=gin/experiments/quickstart.gin, or another of that folder.')
   if flags.search and flags.run_mode != 'plan':
     raise ConfigError('--search goes with --run_mode=plan.')
+  if flags.teacher and flags.run_mode != 'train':
+    raise ConfigError('--teacher goes with --run_mode=train.')
   parse_gin(flags.run_mode, flags.gin_file, bindings, flags.gin_search_paths.split(','))
+  learned_from = load_teacher(flags, bindings) if flags.teacher else None
   given = {'dry_run': flags.dry_run or None, 'prompts': flags.prompt, 'output': flags.output}
+  given['teacher'] = learned_from
   given['profile_steps'] = flags.profile_steps
   given = {name: value for name, value in given.items() if value is not None}
   accepted = inspect.signature(function).parameters
@@ -225,6 +230,22 @@ def run(flags: argparse.Namespace, bindings: list[str]) -> None:
   result = gin.get_configurable(function)(**given)
   if flags.search:
     search_plans(flags, bindings, result)
+
+
+def load_teacher(flags: argparse.Namespace, bindings: list[str]) -> Any:
+  """The teacher, under its own configuration but for the data and devices, which are those of the one at hand."""
+  from moe_jax.runs.teacher import teacher
+
+  shared = ['BATCH_SIZE', 'MIXTURE_OR_TASK_NAME', 'TASK_MODULES', 'TASK_FEATURE_LENGTHS', 'MESH', 'AXIS_RULES']
+  values = {name: gin.query_parameter(f'%{name}') for name in (*shared, 'FAKE_DEVICES')}
+  more = [f'{name} = {value!r}' for name, value in values.items()]
+  gin.clear_config()
+  config = pathlib.Path(flags.teacher).expanduser() / 'config.gin'
+  parse_gin('teacher', [str(config)], [*more, f'MODEL_DIR = {flags.teacher!r}'], flags.gin_search_paths.split(','))
+  made = gin.get_configurable(teacher)()
+  gin.clear_config()
+  parse_gin(flags.run_mode, flags.gin_file, bindings, flags.gin_search_paths.split(','))
+  return made
 
 
 def search_plans(flags: argparse.Namespace, bindings: list[str], first: dict[str, Any]) -> None:

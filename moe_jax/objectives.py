@@ -42,6 +42,9 @@ class LanguageModeling:
     consistency: if not 0, the model is applied twice in training, with different random draws; the loss is that of both
       plus this times the divergence of their predictions (THOR, Zuo et al. 2021: 1 to 5). Auxiliary losses are the
       first's.
+    hard_weight, soft_weight: of the cross-entropy, and of the divergence from a teacher's predictions where the batch
+      has its 'teacher_logits' (0.75 and 0.25 in Switch, 1 and 1 in Mixture-of-Students); see `divergence`.
+    soft_temperature: of both predictions in the latter.
     aux_loss_scale: of all auxiliary losses together; 0 trains without them.
     token_bytes: how many bytes of text each token id stands for, to report bits per byte; () if unknown.
   """
@@ -50,6 +53,9 @@ class LanguageModeling:
   z_loss: float = 0.0
   label_smoothing: float = 0.0
   consistency: float = 0.0
+  hard_weight: float = 1.0
+  soft_weight: float = 0.0
+  soft_temperature: float = 1.0
   aux_loss_scale: float = 1.0
   token_bytes: Sequence[int] = ()
 
@@ -77,6 +83,10 @@ class LanguageModeling:
       metrics['target_bytes'] = jnp.sum(lengths[targets] * weights)
     if train:
       loss = self.smoothed(loss, logits, weights, count)
+      if 'teacher_logits' in batch:
+        soft = divergence(logits, batch['teacher_logits'], self.soft_temperature)
+        metrics['teacher_divergence'] = jnp.sum(soft * weights) / count
+        loss = self.hard_weight * loss + self.soft_weight * metrics['teacher_divergence']
       if self.consistency:
         other_rngs = {name: jax.random.fold_in(key, 1) for name, key in (rngs or {}).items()}
         (others, _), _ = self.model.apply(variables, batch, train=True, rngs=other_rngs, mutable=[STATE])
@@ -98,6 +108,13 @@ class LanguageModeling:
     if self.z_loss:
       loss += self.z_loss * jnp.sum(jax.nn.logsumexp(logits, axis=-1) ** 2 * weights) / count
     return loss
+
+
+def divergence(logits: Array, teacher_logits: Array, temperature: float = 1.0) -> Array:
+  """T^2 KL(teacher, student) at temperature T (Hinton et al. 2015): float[..., V] twice -> float32[...]."""
+  log_p = jax.nn.log_softmax(teacher_logits.astype(jnp.float32) / temperature)
+  log_q = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
+  return temperature**2 * jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
 
 
 def symmetric_kl(logits: Array, others: Array) -> Array:

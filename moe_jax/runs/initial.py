@@ -1,13 +1,14 @@
 """Where a run's first weights come from: drawn at random, or another run's, as they are or made into this model's."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from moe_jax.interop.surgery import average
 from moe_jax.runs.setup import Program
 from moe_jax.training.checkpoints import Checkpointer
 from moe_jax.training.state import TrainState
@@ -22,12 +23,13 @@ class Initial:
   """Another run's weights. The optimizer, the step and the data begin anew.
 
   Attributes:
-    path: a MODEL_DIR, of which the newest checkpoint is taken, or MODEL_DIR/checkpoints/STEP; None draws at random.
+    path: a MODEL_DIR, of which the newest checkpoint is taken, or MODEL_DIR/checkpoints/STEP; several are averaged;
+      None draws at random.
     transform: makes this model's parameters of the other's and of those that this model would begin with by itself, as
       upcycling does; routers' memories then begin anew. None takes parameters and memories as they are.
   """
 
-  path: str | None = None
+  path: str | Sequence[str] | None = None
   transform: Transform | None = None
 
   def state(self, program: Program) -> TrainState:
@@ -36,24 +38,29 @@ class Initial:
     Raises:
       ConfigError: if there is no such checkpoint, or it is of another model and there is no transform.
     """
-    if self.path is None:
+    if not self.path:
       return program.make_state()
-    folder, step = find(self.path)
+    paths = [self.path] if isinstance(self.path, str) else self.path
+    others = [self._saved(path, program) for path in paths]
+
+    def begin(params: list[PyTree], variables: list[PyTree]) -> TrainState:
+      fresh = program.make_state()
+      saved = average(params) if len(params) > 1 else params[0]
+      if self.transform:
+        return dataclasses.replace(fresh, params=self.transform(saved, fresh.params))
+      return dataclasses.replace(fresh, params=saved, variables=variables[-1])
+
+    shardings = jax.tree.map(lambda x: x.sharding, program.state_spec)
+    return jax.jit(begin, out_shardings=shardings)([x.params for x in others], [x.variables for x in others])
+
+  def _saved(self, path: str, program: Program) -> TrainState:
+    folder, step = find(path)
     spec = dataclasses.replace(program.state_spec, opt_state=None)
     with Checkpointer(folder, read_only=True) as checkpointer:
       if self.transform:
         saved = jax.tree.map(lambda x: spread(program.mesh, x), checkpointer.parameters(step))
         spec = dataclasses.replace(spec, params=saved, variables=None)
-      other = checkpointer.restore(spec, step=step)
-
-    def begin(params: PyTree, variables: PyTree) -> TrainState:
-      fresh = program.make_state()
-      if self.transform:
-        return dataclasses.replace(fresh, params=self.transform(params, fresh.params))
-      return dataclasses.replace(fresh, params=params, variables=variables)
-
-    shardings = jax.tree.map(lambda x: x.sharding, program.state_spec)
-    return jax.jit(begin, out_shardings=shardings)(other.params, other.variables)
+      return checkpointer.restore(spec, step=step)
 
 
 def find(path: str) -> tuple[Path, int | None]:

@@ -32,7 +32,8 @@ from moe_jax.runs.setup import (
   use_compilation_cache,
   variables_of,
 )
-from moe_jax.training.checkpoints import Checkpointer
+from moe_jax.runs.teacher import Taught, Teacher, check_vocabularies
+from moe_jax.training.checkpoints import Checkpointer, SavableIterator
 from moe_jax.training.metrics import MetricsLog, averaged, with_bits_per_byte
 from moe_jax.training.state import OptimizerFactory, TrainState
 from moe_jax.training.step import eval_step
@@ -55,6 +56,8 @@ def train(
   initial: Initial | None = None,
   trainable: Sequence[str] = (),
   roll_back: float | None = None,
+  teacher: Teacher | None = None,
+  soft_steps: int | None = None,
   seed: int = 0,
   strategy: Strategy | None = None,
   max_new_tokens: int = 128,
@@ -81,6 +84,8 @@ def train(
     trainable: which parameters, see `optimizers.trainable_mask`, to tell of to the optimizer too; () is all.
     roll_back: goes back to an earlier checkpoint, and on with other batches, when losses exceed the recent ones by so
       many standard deviations, see `LossWatch`; None stops at a loss that is no number.
+    teacher: whose predictions the batches have too, for the objective to make something of.
+    soft_steps: so many batches of the run have them; None is all.
     seed: of weights, dropout and jitter; `data` has its own.
     strategy: how to go on from a validation text at the end, to show what was learnt; None does not.
     max_new_tokens: how far.
@@ -121,7 +126,7 @@ def train(
   checkpoints = Checkpointer(folder, keep=checkpoints_to_keep, asynchronous=async_checkpoints)
   with program.activate(), locked(folder), checkpoints as checkpointer:
     # ---- Begin, or go on --------------------------------------------------------------------------------------------
-    batches = data.batches(program.mesh, 'train')
+    batches: SavableIterator = data.batches(program.mesh, 'train')
     if checkpointer.latest_step() is None:
       state = (initial or Initial()).state(program)
     else:
@@ -130,6 +135,9 @@ def train(
         state = program.with_fresh_optimizer(state)
       say(f'Going on from step {int(state.step)} in {checkpointer.directory}')
     first = step = int(state.step)
+    if teacher:
+      check_vocabularies(teacher, data.vocab_size)
+      batches = Taught(batches, teacher, soft_steps, first)
     if main:  # only now: what does not fit the run leaves its configuration alone
       (folder / 'config.gin').write_text(config)
 
