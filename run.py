@@ -30,6 +30,7 @@ MODES = {  # mode -> module:function
   'eval': 'moe_jax.runs.evaluate:evaluate',
   'infer': 'moe_jax.runs.infer:infer',
   'plan': 'moe_jax.runs.plan:plan',
+  'convert': 'moe_jax.runs.convert:convert',
   'report': 'moe_jax.runs.report:report',
 }
 PACKAGES = ('moe_jax', 'tasks', 'jax', 'flax', 'optax', 'seqio', 't5x')  # whose functions gin may name
@@ -54,6 +55,9 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
   parser.add_argument('--dry_run', action='store_true', help='build everything, say how large it is, and stop')
   parser.add_argument('--search', action='store_true', help='plan: try other meshes, remat and microbatches too')
   parser.add_argument('--teacher', help='train: the MODEL_DIR of a model to learn from, see gin/distill.gin')
+  parser.add_argument('--from', dest='source', help='convert: the library whose weights to read: hf')
+  parser.add_argument('--to', dest='target', help='convert: the library to write weights for: hf')
+  parser.add_argument('--path', help='convert: the folder of theirs')
   parser.add_argument('--prompt', action='append', help='infer: a text to continue, instead of the task')
   parser.add_argument('--model_dirs', nargs='+', help='report: the runs to compare')
   parser.add_argument('--routers', action='store_true', help='report: a picture of who goes where, for each router')
@@ -107,7 +111,7 @@ def check_imports(config: str, search_paths: list[str]) -> None:
     ConfigError: naming another module, whose functions might do anything.
   """
   own = [os.path.realpath(path) for path in (*search_paths, str(HERE))]
-  for module in set(re.findall(r'^(?:from|import) ([\w.]+)', config, re.MULTILINE)) - {'__gin__'}:
+  for module in set(re.findall(r'^(?:from|import) ([\w.]+)', config, re.MULTILINE)) - {'gin', '__gin__'}:
     top = module.split('.')[0]
     origin = os.path.realpath(str(getattr(sys.modules.get(top), '__file__', os.sep)))
     installed = re.search(rf'{os.sep}(site|dist)-packages{os.sep}', origin)
@@ -210,7 +214,7 @@ def run(flags: argparse.Namespace, bindings: list[str]) -> None:
       raise ConfigError('--run_mode=report needs --model_dirs DIR [DIR ...], or --routers.')
     print(function(flags.model_dirs, output=flags.output))
     return
-  if not flags.gin_file:
+  if not flags.gin_file and flags.run_mode != 'convert':
     raise ConfigError('Which model? Give --gin_file=gin/experiments/quickstart.gin, or another of that folder.')
   if flags.search and flags.run_mode != 'plan':
     raise ConfigError('--search goes with --run_mode=plan.')
@@ -220,11 +224,13 @@ def run(flags: argparse.Namespace, bindings: list[str]) -> None:
   learned_from = load_teacher(flags, bindings) if flags.teacher else None
   given = {'dry_run': flags.dry_run or None, 'prompts': flags.prompt, 'output': flags.output}
   given['teacher'] = learned_from
+  given |= {'source': flags.source, 'target': flags.target, 'path': flags.path}
   given['profile_steps'] = flags.profile_steps
   given = {name: value for name, value in given.items() if value is not None}
   accepted = inspect.signature(function).parameters
   if unused := sorted(set(given) - set(accepted)):
-    raise ConfigError(f'--{unused[0].removesuffix("s")} says nothing to --run_mode={flags.run_mode}.')
+    flag = {'source': 'from', 'target': 'to'}.get(unused[0], unused[0].removesuffix('s'))
+    raise ConfigError(f'--{flag} says nothing to --run_mode={flags.run_mode}.')
   if 'config' in accepted:
     given['config'] = gin.config_str()
   result = gin.get_configurable(function)(**given)

@@ -140,6 +140,14 @@ def named_sharding(mesh: Mesh, *names: str | None) -> NamedSharding:
   return NamedSharding(mesh, spec(*names))
 
 
+def spread(mesh: Mesh, shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+  """An array of any model, its largest axis split over the whole mesh where that goes, lest a device hold it whole."""
+  axis = max(range(len(shape.shape)), key=shape.shape.__getitem__, default=0)
+  split = shape.shape and shape.shape[axis] % mesh.size == 0
+  spec = PartitionSpec(*(None,) * axis, mesh.axis_names) if split else PartitionSpec()
+  return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=NamedSharding(mesh, spec))
+
+
 def constrain(x: Array, *names: str | None) -> Array:
   """Pins the layout of `x` by logical axis names; without an active mesh, does nothing."""
   if jax.sharding.get_abstract_mesh().empty:

@@ -69,11 +69,13 @@ class SelfAttention(_Attention):
     relative_table: makes this layer's own relative position table; a table in the context is used where this is None.
     query_key_norm: normalises queries and keys (RMS) before rotating them: 'head' each head by itself (Qwen3), 'whole'
       all heads together (OLMoE); None does not.
+    norm_epsilon: of those norms.
     experts: which of query, key and value are expert layers, and what makes them (Switch, appendix A).
   """
 
   rotary_base: float | None = None
   query_key_norm: str | None = None
+  norm_epsilon: float = 1e-6
   relative_table: Callable[..., nn.Module] | None = None
   experts: Mapping[str, Callable[..., nn.Module]] = FrozenDict()
 
@@ -118,7 +120,7 @@ class SelfAttention(_Attention):
     if self.query_key_norm not in ('head', 'whole'):
       raise ConfigError(f"QUERY_KEY_NORM={self.query_key_norm!r} is none of None, 'head', 'whole'.")
     axes = ('head_dim',) if self.query_key_norm == 'head' else ('heads', 'head_dim')
-    return rms_norm(f'{name}_norm', self.dtype, axes)(x)
+    return rms_norm(f'{name}_norm', self.dtype, axes, self.norm_epsilon)(x)
 
   def _extend_cache(self, key: Array, value: Array, context: Context) -> tuple[Array, Array, Array, Array]:
     """Writes keys and values behind the old; the first call makes the cache. Returns it whole, and where it began."""

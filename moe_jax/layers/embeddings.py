@@ -13,12 +13,14 @@ class TokenEmbedding(nn.Module):
   Attributes:
     vocab_size: V, at least the vocabulary's size.
     embed_dim: M.
-    tied: the logits use the same table, scaled by 1/sqrt(M) since its entries start at unit variance (T5).
+    tied: the logits use the same table.
+    tied_scale: of them then; None is 1/sqrt(M), since the table's entries start at unit variance (T5).
   """
 
   vocab_size: int
   embed_dim: int
   tied: bool = True
+  tied_scale: float | None = None
   dtype: Dtype = 'float32'
 
   def setup(self) -> None:
@@ -35,7 +37,8 @@ class TokenEmbedding(nn.Module):
   def decode(self, x: Array) -> Array:
     """float[B, L, M] -> logits float32[B, L, V]."""
     if self.tied:
-      x, kernel, letters = x * self.embed_dim**-0.5, self.table, 'blm,vm->blv'
+      scale = self.embed_dim**-0.5 if self.tied_scale is None else self.tied_scale
+      x, kernel, letters = x * scale, self.table, 'blm,vm->blv'
     else:
       kernel, letters = self.logits_kernel, 'blm,mv->blv'
     logits = jnp.einsum(letters, x, kernel.astype(self.dtype), preferred_element_type=jnp.float32)

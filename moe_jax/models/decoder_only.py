@@ -19,11 +19,13 @@ class DecoderOnly(nn.Module):
     embedding: makes the token embedding.
     stacks: factories of the stacks, run in order.
     dropout_rate: on the embedded tokens and on the last hidden state.
+    norm_epsilon: of the norm after the last stack.
   """
 
   embedding: Callable[..., TokenEmbedding]
   stacks: Sequence[Callable[..., nn.Module]]
   dropout_rate: float = 0.0
+  norm_epsilon: float = 1e-6
   dtype: Dtype = 'float32'
 
   @nn.compact
@@ -47,7 +49,7 @@ class DecoderOnly(nn.Module):
     dropout = nn.Dropout(self.dropout_rate, deterministic=not train)
     x = dropout(embedding.encode(tokens))
     x, aux = run_stacks([stack(name=f'stack_{i}') for i, stack in enumerate(self.stacks)], x, context)
-    x = dropout(rms_norm('final_norm', self.dtype)(x))
+    x = dropout(rms_norm('final_norm', self.dtype, epsilon=self.norm_epsilon)(x))
     return embedding.decode(x), nest(decoder=aux)
 
   def encode(self, batch: Batch, train: bool = False) -> tuple[None, Aux]:

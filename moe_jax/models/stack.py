@@ -25,13 +25,14 @@ class Block(nn.Module):
 
   pattern: Sequence[tuple[str, SublayerFactory]]  # pairs: Flax's lifted transforms sort the keys of a mapping
   dropout_rate: float = 0.0
+  norm_epsilon: float = 1e-6
   dtype: Dtype = 'float32'
 
   @nn.compact
   def __call__(self, x: Array, context: Context) -> tuple[Array, Aux]:
     reports = {}
     for name, sublayer in self.pattern:
-      y = rms_norm(f'{name}_norm', self.dtype)(x)
+      y = rms_norm(f'{name}_norm', self.dtype, epsilon=self.norm_epsilon)(x)
       y, reports[name] = sublayer(name=name)(y, context)
       y = nn.Dropout(self.dropout_rate, deterministic=not context.train)(y)
       x = sharding.constrain(x + y, 'batch', None, None)
@@ -48,6 +49,7 @@ class Stack(nn.Module):
     remat: what the backward pass recomputes: 'none' nothing, 'dots' all but matrix products, 'full' everything.
     relative_table: makes a relative position table shared by all layers (T5).
     dropout_rate: on the output of each sublayer.
+    norm_epsilon: of the norm before each.
   """
 
   pattern: Mapping[str, SublayerFactory]
@@ -56,10 +58,12 @@ class Stack(nn.Module):
   remat: str = 'full'
   relative_table: Callable[..., nn.Module] | None = None
   dropout_rate: float = 0.0
+  norm_epsilon: float = 1e-6
   dtype: Dtype = 'float32'
 
   @nn.compact
   def __call__(self, x: Array, context: Context) -> tuple[Array, Aux]:
+    options = {'dropout_rate': self.dropout_rate, 'norm_epsilon': self.norm_epsilon, 'dtype': self.dtype}
     if self.relative_table:
       context = dataclasses.replace(context, relative_table=self.relative_table(name='relative')())
     if self.remat not in REMAT:
@@ -75,10 +79,10 @@ class Stack(nn.Module):
         variable_axes={'params': 0, 'state': 0, 'cache': 0},
         split_rngs={'params': True, 'dropout': True, 'router': True},
         metadata_params={nn.PARTITION_NAME: 'layers'},
-      )(pattern, self.dropout_rate, self.dtype, name='blocks')(x, context)
+      )(pattern, **options, name='blocks')(x, context)
     reports = []
     for i in range(self.repeats):
-      x, aux = block(pattern, self.dropout_rate, self.dtype, name=f'blocks_{i}')(x, context)
+      x, aux = block(pattern, **options, name=f'blocks_{i}')(x, context)
       reports.append(aux)
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *reports)
 

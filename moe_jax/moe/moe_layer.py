@@ -24,7 +24,7 @@ from moe_jax.notices import notice
 from moe_jax.types import Array, Aux, ConfigError
 
 
-def rows_per_group(batch: int, length: int, group_size: int, decoding: bool) -> int | None:
+def rows_per_group(batch: int, length: int, group_size: int | None, decoding: bool) -> int | None:
   """How many sequences a routing group spans; None where a group is a part of one sequence.
 
   Groups never cross devices, and never depend on the mesh: a wish that cannot be met is an error.
@@ -32,13 +32,15 @@ def rows_per_group(batch: int, length: int, group_size: int, decoding: bool) -> 
   Args:
     batch: B.
     length: L.
-    group_size: the wished S.
+    group_size: the wished S; None is a sequence, however long.
     decoding: groups make no difference where nothing is dropped, so a step takes what a device has as one group, and a
       prompt each sequence as one.
 
   Raises:
     ConfigError: naming sizes that would fit.
   """
+  if group_size is None:
+    group_size = length
   ways = sharding.shards('group')
   divided = not decoding and 0 < group_size < length and length % group_size == 0
   pieces = length // group_size if divided else 1  # of a sequence
@@ -77,7 +79,8 @@ class MoELayer(nn.Module):
   Attributes:
     num_experts: E.
     group_size: S, tokens that are routed together and compete for capacity. A divisor of the sequence length, or a
-      multiple of it that fits one device. Larger groups drop fewer tokens; one-hot dispatch costs grow with them.
+      multiple of it that fits one device; None is the sequence. Larger groups drop fewer tokens; one-hot dispatch costs
+      grow with them.
     router: makes the router, given the number of experts.
     experts: makes the experts, given their number and width: `Experts`, or any module that answers with an ExpertBank.
     dispatcher: carries the tokens.
@@ -87,7 +90,7 @@ class MoELayer(nn.Module):
   """
 
   num_experts: int
-  group_size: int
+  group_size: int | None
   router: Callable[..., Router] = TopKRouter
   experts: Callable[..., nn.Module] = Experts
   dispatcher: Dispatcher = einsum
@@ -102,7 +105,7 @@ class MoELayer(nn.Module):
         ' or change MESH (-1 takes the widest axis that fits).'
       )
     rows = rows_per_group(batch, length, self.group_size, decoding=context.cache_length > 0)
-    size = self.group_size if rows is None else rows * length
+    size = self.group_size if rows is None and self.group_size else (rows or 1) * length
 
     def group(values: Array) -> Array:  # [B, L, ...] -> [G, S, ...]
       return sharding.constrain(values.reshape(-1, size, *values.shape[2:]), 'group', *(None,) * (values.ndim - 1))

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from moe_jax import sharding
 from moe_jax.interop.surgery import average
 from moe_jax.runs.setup import Program
 from moe_jax.training.checkpoints import Checkpointer
@@ -58,7 +58,7 @@ class Initial:
     spec = dataclasses.replace(program.state_spec, opt_state=None)
     with Checkpointer(folder, read_only=True) as checkpointer:
       if self.transform:
-        saved = jax.tree.map(lambda x: spread(program.mesh, x), checkpointer.parameters(step))
+        saved = jax.tree.map(lambda x: sharding.spread(program.mesh, x), checkpointer.parameters(step))
         spec = dataclasses.replace(spec, params=saved, variables=None)
       return checkpointer.restore(spec, step=step)
 
@@ -77,11 +77,3 @@ def find(path: str) -> tuple[Path, int | None]:
   if not (folder / 'checkpoints' / str('' if step is None else step)).is_dir():
     raise ConfigError(f'INITIAL_CHECKPOINT_PATH={path!r} holds no checkpoint: give a MODEL_DIR that does.')
   return folder, step
-
-
-def spread(mesh: Mesh, shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-  """An array of any model, its largest axis split over the whole mesh where that goes, lest a device hold it whole."""
-  axis = max(range(len(shape.shape)), key=shape.shape.__getitem__, default=0)
-  split = shape.shape and shape.shape[axis] % mesh.size == 0
-  spec = PartitionSpec(*(None,) * axis, mesh.axis_names) if split else PartitionSpec()
-  return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=NamedSharding(mesh, spec))

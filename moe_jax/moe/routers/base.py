@@ -62,12 +62,14 @@ class Router(nn.Module):
       for the worst case, so that nothing is dropped.
     eval_capacity_factor: the same outside training, where None also sees that no token is dropped for the sake of
       another, and results do not depend on what else is in the batch.
+    slots: per expert and group, in training and outside it, in place of both factors (Hugging Face's Switch).
     capacity_rule: see `routing_plan.CAPACITY_RULES`.
   """
 
   num_experts: int
   capacity_factor: float | None = 2.0
   eval_capacity_factor: float | None = None
+  slots: int | None = None
   capacity_rule: str = 'gshard'
 
   def __call__(self, tokens: Array, context: RoutingContext) -> tuple[Plan, Aux]:
@@ -86,6 +88,8 @@ class Router(nn.Module):
 
   def capacity(self, group_size: int, train: bool) -> int:
     """C, slots per expert per group."""
+    if self.slots is not None:
+      return min(group_size, self.slots)
     factor = self.capacity_factor if train else self.eval_capacity_factor
     if factor is None:
       return group_size
