@@ -17,13 +17,15 @@ import tensorflow as tf
 
 from moe_jax.types import ConfigError
 from tasks.metrics import exact_match, multiple_choice
-from tasks.multiple_choice import choice_of_question
+from tasks.postprocessors import choice_of_question, references_of
 from tasks.preprocessors import TO_TOKENS
 from tasks.vocabularies import features
 
 
 class BigBenchFile(seqio.DataSource):
   """The examples of a task.json as 'validation': of each question its choices, or its one text."""
+
+  supports_arbitrary_sharding = False
 
   def __init__(self, path: str):
     self._path = path
@@ -84,11 +86,6 @@ class BigBenchFile(seqio.DataSource):
       {'inputs': inputs, 'targets': choice, 'worth': float(worth), 'question': question}
       for choice, worth in scores.items()
     ]
-
-
-def references_of(text: str, example: Mapping[str, Any], is_target: bool) -> str | list[str]:
-  """As a target, all texts that are right."""
-  return [reference.decode() for reference in example['references']] if is_target else text
 
 
 def register_big_bench(pattern: str) -> list[str]:

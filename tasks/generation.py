@@ -16,7 +16,9 @@ import seqio
 import tensorflow as tf
 
 from tasks.metrics import bleu, rouge, squad
+from tasks.postprocessors import references_of
 from tasks.preprocessors import TO_TOKENS
+from tasks.tfds_source import TfdsSource
 from tasks.vocabularies import features
 
 Example = Mapping[str, Any]
@@ -32,12 +34,12 @@ def spaced(text: tf.Tensor) -> tf.Tensor:
 
 @seqio.map_over_dataset
 def answer_question(example: Example) -> dict[str, tf.Tensor]:
-  """SQuAD: the first answer is learned, and any is right ('answers', string[n])."""
+  """SQuAD: the first answer is learned, and any is right ('references', string[n])."""
   question, context, answers = (
     spaced(x) for x in (example['question'], example['context'], example['answers']['text'])
   )
   inputs = tf.strings.join(['question:', question, 'context:', context], separator=' ')
-  return {'inputs': inputs, 'targets': answers[0], 'answers': answers}
+  return {'inputs': inputs, 'targets': answers[0], 'references': answers}
 
 
 @seqio.map_over_dataset
@@ -53,11 +55,6 @@ def translate(example: Example, source: str, target: str) -> dict[str, tf.Tensor
   return {'inputs': tf.strings.join([command, example[source]], separator=' '), 'targets': example[target]}
 
 
-def all_answers(text: str, example: Example, is_target: bool) -> str | list[str]:
-  """As a target, all that are right."""
-  return [answer.decode() for answer in example['answers']] if is_target else text
-
-
 def _add(
   name: str,
   tfds_name: str,
@@ -68,7 +65,7 @@ def _add(
 ) -> None:
   seqio.TaskRegistry.add(
     name,
-    source=seqio.TfdsDataSource(tfds_name, splits=splits),
+    source=TfdsSource(tfds_name, splits=splits),
     preprocessors=[preprocessor, *TO_TOKENS],
     output_features=features(),
     postprocess_fn=postprocess,
@@ -76,7 +73,7 @@ def _add(
   )
 
 
-_add('squad_v010_allanswers', 'squad/v1.1:3.0.0', answer_question, squad, SPLITS[:2], all_answers)
+_add('squad_v010_allanswers', 'squad/v1.1:3.0.0', answer_question, squad, SPLITS[:2], references_of)
 for _name, _tfds_name, _article, _summary in (
   ('cnn_dailymail_v002', 'cnn_dailymail:3.4.0', 'article', 'highlights'),
   ('xsum_v110', 'xsum:1.1.0', 'document', 'summary'),

@@ -13,8 +13,10 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
-from tasks.metrics import INVALID, accuracy, binary_f1, correlations, matthews_correlation
+from tasks.metrics import accuracy, binary_f1, correlations, matthews_correlation
+from tasks.postprocessors import class_of, rating_of
 from tasks.preprocessors import TO_TOKENS
+from tasks.tfds_source import TfdsSource
 from tasks.vocabularies import features
 
 Example = Mapping[str, Any]
@@ -51,20 +53,6 @@ def rate_similarity(example: Example) -> dict[str, tf.Tensor]:
   return {'inputs': tf.strings.join(texts, separator=' '), 'targets': rating}
 
 
-def class_of(text: str, classes: Sequence[str], **unused: object) -> int:
-  """The number of the class that a text names, or `INVALID`."""
-  text = text.strip()
-  return list(classes).index(text) if text in classes else INVALID
-
-
-def rating_of(text: str, **unused: object) -> float:
-  """The number that a text is, or -1."""
-  try:
-    return float(text)
-  except ValueError:
-    return -1.0
-
-
 def add_classification(
   name: str,
   tfds_name: str,
@@ -78,7 +66,7 @@ def add_classification(
   benchmark = benchmark or tfds_name.partition('/')[2].partition(':')[0]
   seqio.TaskRegistry.add(
     name,
-    source=seqio.TfdsDataSource(tfds_name, splits=splits),
+    source=TfdsSource(tfds_name, splits=splits),
     preprocessors=[functools.partial(classify, benchmark=benchmark, classes=classes, fields=fields), *TO_TOKENS],
     output_features=features(),
     postprocess_fn=functools.partial(class_of, classes=classes),
@@ -112,7 +100,7 @@ for _config, (_fields, _classes, _metrics) in _TASKS.items():
   add_classification(f'glue_{_config}_v002', f'glue/{_config}:2.0.0', _fields, _classes, _metrics, _splits, _benchmark)
 seqio.TaskRegistry.add(
   'glue_stsb_v002',
-  source=seqio.TfdsDataSource('glue/stsb:2.0.0', splits=SPLITS),
+  source=TfdsSource('glue/stsb:2.0.0', splits=SPLITS),
   preprocessors=[rate_similarity, *TO_TOKENS],
   output_features=features(),
   postprocess_fn=rating_of,

@@ -21,7 +21,8 @@ import tensorflow as tf
 
 from moe_jax.types import ConfigError
 from tasks.metrics import exact_match, multiple_choice, rouge
-from tasks.multiple_choice import choice_of_question, rank_choices
+from tasks.multiple_choice import rank_choices
+from tasks.postprocessors import choice_of_question, references_of
 from tasks.preprocessors import TO_TOKENS
 from tasks.vocabularies import features
 
@@ -87,12 +88,14 @@ def _texts(value: str | list[str]) -> list[str]:
 class JsonLines(seqio.DataSource):
   """What `to_columns` makes of the lines, all in memory."""
 
+  supports_arbitrary_sharding = False  # hosts share examples out, not files
+
   def __init__(self, to_columns: Callable[[list[Example]], dict[str, Any]]):
     self._to_columns = to_columns
     super().__init__(splits=('train', 'validation'))
 
   def list_shards(self, split: str) -> list[str]:
-    return ['all']  # hosts share examples out, not files
+    return ['all']
 
   def get_dataset(
     self,
@@ -134,11 +137,6 @@ def with_choices(examples: list[Example]) -> dict[str, Any]:
     'choices': tf.ragged.constant([example['choices'] for example in examples]),
     'worth': tf.ragged.constant(worth),
   }
-
-
-def references_of(text: str, example: Mapping[str, Any], is_target: bool) -> str | list[str]:
-  """As a target, all texts that are right."""
-  return [reference.decode() for reference in example['references']] if is_target else text
 
 
 seqio.TaskRegistry.add(

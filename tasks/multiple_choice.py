@@ -13,8 +13,10 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
-from tasks.metrics import Grouped, multiple_choice
+from tasks.metrics import multiple_choice
+from tasks.postprocessors import choice_of_question
 from tasks.preprocessors import TO_TOKENS
+from tasks.tfds_source import TfdsSource
 from tasks.vocabularies import features
 
 Example = Mapping[str, Any]
@@ -41,11 +43,6 @@ def rank_choices(dataset: tf.data.Dataset, correct_only: bool = False) -> tf.dat
   return dataset.filter(lambda example: example['worth'] > 0) if correct_only else dataset
 
 
-def choice_of_question(text: str, example: Example, **unused: object) -> Grouped:
-  """What a choice is worth, and to which question."""
-  return Grouped((int(example['question']),), float(example['worth']))
-
-
 # ---- ARC -------------------------------------------------------------------------------------------------------------
 @seqio.map_over_dataset
 def ask_arc(example: Example) -> dict[str, tf.Tensor]:
@@ -59,7 +56,7 @@ for _name, _config in (('arc_easy', 'ARC-Easy'), ('arc_challenge', 'ARC-Challeng
   for _part, _splits in (('train', ('train',)), ('score_eval', ('validation', 'test'))):
     seqio.TaskRegistry.add(
       f'{_name}_{_part}',
-      source=seqio.TfdsDataSource(f'ai2_arc/{_config}:1.0.0', splits=_splits),
+      source=TfdsSource(f'ai2_arc/{_config}:1.0.0', splits=_splits),
       preprocessors=[ask_arc, functools.partial(rank_choices, correct_only=_part == 'train'), *TO_TOKENS],
       output_features=features(),
       postprocess_fn=choice_of_question,

@@ -15,9 +15,11 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
-from tasks.glue import NO_LABEL, SPLITS, Example, add_classification, class_of, classify
+from tasks.glue import NO_LABEL, SPLITS, Example, add_classification, classify
 from tasks.metrics import Grouped, accuracy, macro_f1, multirc, record
+from tasks.postprocessors import class_of
 from tasks.preprocessors import TO_TOKENS
+from tasks.tfds_source import TfdsSource
 from tasks.vocabularies import features
 
 BOOLEAN = ('False', 'True')
@@ -149,7 +151,7 @@ for _config, _preprocessors, _postprocess, _metric in (
 ):
   seqio.TaskRegistry.add(
     f'super_glue_{_config}_v102',
-    source=seqio.TfdsDataSource(f'super_glue/{_config}:1.0.2', splits=SPLITS),
+    source=TfdsSource(f'super_glue/{_config}:1.0.2', splits=SPLITS),
     preprocessors=[*_preprocessors, *TO_TOKENS],
     output_features=features(),
     postprocess_fn=_postprocess,
@@ -159,7 +161,7 @@ for _config, _preprocessors, _postprocess, _metric in (
 for _name, _splits, _metrics in (('train', SPLITS[:1], ()), ('eval', SPLITS[1:], (accuracy,))):
   seqio.TaskRegistry.add(
     f'super_glue_wsc_v102_simple_{_name}',
-    source=seqio.TfdsDataSource('super_glue/wsc.fixed:1.0.2', splits=_splits),
+    source=TfdsSource('super_glue/wsc.fixed:1.0.2', splits=_splits),
     preprocessors=[functools.partial(star_pronoun, correct_only=_name == 'train'), *TO_TOKENS],
     output_features=features(),
     postprocess_fn=is_referent,
