@@ -78,8 +78,6 @@ def test_the_likeliest_choice_counts_in_whatever_order_they_come():
   targets = [Grouped((5,), 0.0), Grouped((2,), 1.0), Grouped((5,), 1.0), Grouped((2,), 0.0), Grouped((9,), 0.25)]
   found = multiple_choice(targets, [-1.0, -2.0, -3.0, -4.0, -9.0])
   assert found == {'accuracy': pytest.approx(100 * (0 + 1 + 0.25) / 3)}
-    'accuracy': pytest.approx(100 * (0 + 1 + 0.25) / 3)
-  }
 
 
 def test_rouge():
