@@ -67,7 +67,17 @@ def token_bytes(vocabulary: seqio.Vocabulary) -> tuple[int, ...]:
   if isinstance(vocabulary, seqio.ByteVocabulary):
     first, extra = vocabulary.vocab_size - 256 - vocabulary.extra_ids, vocabulary.extra_ids
     return (0,) * first + (1,) * 256 + (0,) * extra
+  if isinstance(vocabulary, seqio.SentencePieceVocabulary):
+    return tuple(_piece_bytes(vocabulary, token) for token in range(vocabulary.vocab_size))
   return tuple(len(vocabulary.decode([token]).encode()) for token in range(vocabulary.vocab_size))
+
+
+def _piece_bytes(vocabulary: seqio.SentencePieceVocabulary, token: int) -> int:
+  """Bytes of one piece, the blank in front of a word included, which decoding it alone would lose."""
+  model = vocabulary.tokenizer
+  if token >= vocabulary.vocab_size - vocabulary.extra_ids or model.IsControl(token) or model.IsUnknown(token):
+    return 0
+  return 1 if model.IsByte(token) else len(model.IdToPiece(token).replace('▁', ' ').encode())
 
 
 def bytes_of(tokens: np.ndarray, vocabulary: seqio.ByteVocabulary) -> bytes:

@@ -30,16 +30,18 @@ def rank_choices(dataset: tf.data.Dataset, correct_only: bool = False) -> tf.dat
     dataset: 'inputs' string[], 'choices' string[n], and 'worth' float32[n], 1 where a choice is right.
 
   Returns:
-    'inputs' and 'targets' string[], 'worth' float32[], and 'question', the number of the question, int64[].
+    'inputs' and 'targets' string[], 'worth' float32[], and 'question', int64[], the same for all choices of one.
   """
 
-  def choices(question: tf.Tensor, example: Example) -> dict[str, tf.Tensor]:
+  def choices(example: Example) -> dict[str, tf.Tensor]:
     count = tf.size(example['choices'])
-    shared = {'question': question, 'inputs': example['inputs']}
+    # A hash and no running number: caches are written shard by shard.
+    text = tf.strings.reduce_join(tf.concat([[example['inputs']], example['choices']], 0), separator='\n')
+    shared = {'question': tf.strings.to_hash_bucket_fast(text, 2**62), 'inputs': example['inputs']}
     repeated = {name: tf.fill([count], value) for name, value in shared.items()}
     return {**repeated, 'targets': example['choices'], 'worth': example['worth']}
 
-  dataset = dataset.enumerate().map(choices, num_parallel_calls=tf.data.AUTOTUNE).unbatch()
+  dataset = dataset.map(choices, num_parallel_calls=tf.data.AUTOTUNE).unbatch()
   return dataset.filter(lambda example: example['worth'] > 0) if correct_only else dataset
 
 

@@ -90,22 +90,24 @@ def evaluator_of(data: Data, split: str, num_examples: int | None) -> Any:
   from moe_jax.data import as_one_segment, feature_converter, find_cached, provider
 
   tasks = seqio.get_subtasks(provider(data.task, data.modules))
-  if not any(task.metric_fns and split in task.splits for task in tasks):
+  if not any(task.metric_objs and split in task.splits for task in tasks):
     return None
   if data.use_cached:
     find_cached(data.task, data.modules, data.cache_dirs)
   verbosity = logging.get_verbosity()
   logging.set_verbosity(logging.ERROR)  # seqio warns of lengths that are given, and of loggers that are not
-  evaluator = seqio.Evaluator(
-    data.task,
-    feature_converter(data.lengths, data.converter, pack=False),
-    eval_split=split,
-    use_cached=data.use_cached,
-    sequence_length=dict(data.lengths),
-    num_examples=num_examples,
-    async_compute_metrics=False,
-  )
-  logging.set_verbosity(verbosity)
+  try:
+    evaluator = seqio.Evaluator(
+      data.task,
+      feature_converter(data.lengths, data.converter, pack=False),
+      eval_split=split,
+      use_cached=data.use_cached,
+      sequence_length=dict(data.lengths),
+      num_examples=num_examples,
+      async_compute_metrics=False,
+    )
+  finally:
+    logging.set_verbosity(verbosity)
   datasets: Any = evaluator.cached_model_datasets
   for name, rows in datasets.items():
     datasets[name] = rows.map(lambda number, row: (number, as_one_segment(row)))

@@ -6,6 +6,7 @@ import pathlib
 import pytest
 import seqio
 
+from moe_jax.data import token_bytes
 from moe_jax.types import ConfigError
 from tasks import big_bench, json_lines, train_vocabulary, vocabularies
 from tasks.metrics import Grouped
@@ -64,7 +65,9 @@ def test_choices_are_ranked(write):
   task, examples = seqio.TaskRegistry.get('json_lines_score_eval'), _examples('json_lines_score_eval')
   assert [_text(example['targets']) for example in examples] == ['c', 'b', 'e', 'f', 'g']
   targets = [task.postprocess_fn('', example=example, is_target=True) for example in examples]
-  assert targets == [Grouped((n,), worth) for n, worth in ((0, 0), (0, 1), (1, 1), (1, 0), (1, 0))]
+  assert [target.value for target in targets] == [0, 1, 1, 0, 0]
+  questions = [target.question for target in targets]
+  assert questions == [questions[0]] * 2 + [questions[2]] * 3 and questions[0] != questions[2]
 
 
 def test_one_line_in_twenty_is_for_validation_unless_a_file_says_so(write):
@@ -98,6 +101,7 @@ def test_tasks_of_big_bench_are_what_their_files_say(tmp_path):
   for name, content in (('sums', ARITHMETIC), ('writing', WRITING)):
     (tmp_path / name).mkdir()
     (tmp_path / name / 'task.json').write_text(json.dumps(content))
+  seqio.MixtureRegistry.remove('bigbench')  # of another test
   assert big_bench.register_big_bench(f'{tmp_path}/*/task.json') == ['bigbench_sums', 'bigbench_writing']
 
   task, examples = seqio.TaskRegistry.get('bigbench_sums'), _examples('bigbench_sums')
@@ -146,6 +150,9 @@ def test_a_trained_vocabulary_suits_seqio_and_loses_nothing(model, monkeypatch):
   assert len(vocabulary.encode('attention')) < 5 and max(tokens) < 500
   assert vocabulary.encode_tf(text).numpy().tolist() == tokens
   assert vocabularies.features()['inputs'].vocabulary == vocabulary
+  lengths = token_bytes(vocabulary)
+  assert sum(lengths[token] for token in tokens) == len(text.encode()) + 1  # a blank is put in front
+  assert len(lengths) == vocabulary.vocab_size and set(lengths[500:]) == {0} and lengths[:3] == (0, 0, 0)
 
 
 def test_bytes_unless_a_file_is_named_that_is_there(monkeypatch, tmp_path):

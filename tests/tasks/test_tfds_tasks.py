@@ -299,10 +299,14 @@ def test_every_choice_is_an_example_and_the_right_ones_are_learned():
   other = {**ARC, 'question': 'Which is cold?', 'answerKey': 'A'}
   questions = multiple_choice.ask_arc(_dataset(**ARC).concatenate(_dataset(**other)))
   examples = list(multiple_choice.rank_choices(questions).as_numpy_iterator())
+  hot, cold = examples[0]['question'], examples[3]['question']
+  assert hot != cold
   assert [(example['question'], example['targets'], example['worth']) for example in examples] == [
-    *((0, b'ice', 0), (0, b'fire', 1), (0, b'rain', 0)),
-    *((1, b'ice', 1), (1, b'fire', 0), (1, b'rain', 0)),
+    *((hot, b'ice', 0), (hot, b'fire', 1), (hot, b'rain', 0)),
+    *((cold, b'ice', 1), (cold, b'fire', 0), (cold, b'rain', 0)),
   ]
+  (again, *_) = multiple_choice.rank_choices(multiple_choice.ask_arc(_dataset(**other))).as_numpy_iterator()
+  assert again['question'] == cold  # in whatever shard it is found
   right = multiple_choice.rank_choices(questions, correct_only=True).as_numpy_iterator()
   assert [(example['inputs'], example['targets']) for example in right] == [
     (b'question: Which is hot? answer:', b'fire'),
