@@ -130,8 +130,10 @@ def test_what_a_model_writes_and_scores_does_not_depend_on_the_batch(run):
     written = task_metrics.predictions(compiled_decode(program, data, GREEDY, 8), program, variables, data, dataset)
     assert [number for number, _ in written] == [0, 1]
     end = [] if data.converter == 'encoder_decoder' else [1]
-    for (_, tokens), text in zip(written, (b'name: (self) Puts it back.', b'name: (x) Takes.')):
+    rows = [row for _, row in dataset.as_numpy_iterator()]
+    for (_, tokens), row, text in zip(written, rows, (b'name: (self) Puts it back.', b'name: (x) Takes.')):
       given = [byte + 3 for byte in text[:23]] + end
+      assert task_metrics.prompt(row, eos_id=1) == given
       ((expected, _),) = generate(program, variables, data, [given], GREEDY, 8)
       np.testing.assert_array_equal(tokens, expected)
 

@@ -27,7 +27,7 @@ def test_classes():
   assert accuracy([0, 1, 2, 2], [0, 1, 1, -1]) == {'accuracy': 50}
   # Two hits, one false alarm, one miss, and one that names no class, which is another miss.
   assert binary_f1([1, 1, 0, 1, 1], [1, 1, 1, 0, -1]) == {'f1': pytest.approx(100 * 2 * 2 / (3 + 4))}
-  assert binary_f1([0, 0], [-1, 0]) == {'f1': 0}  # of class 0, no class is a false alarm
+  assert binary_f1([1, 0], [1, -1]) == {'f1': pytest.approx(200 / 3)}  # where 0 is right, no class is a false alarm
   # Class by class 2/3, 1 and 0: the last is never predicted.
   assert macro_f1([0, 0, 1, 2], [0, -1, 1, -1]) == {'f1': pytest.approx(100 * (2 / 3 + 1 + 0) / 3)}
 
@@ -93,9 +93,9 @@ def test_rouge():
 def test_bleu():
   pytest.importorskip('sacrebleu', reason='the pins have it: make clean test')
   assert bleu(['The cat sat on the mat.'], ['The cat sat on the mat.']) == {'bleu': pytest.approx(100)}
-  # 5 of 6 words, 3 of 5 pairs, 2 of 4 threes, 1 of 3 fours, as long as the target.
-  found = bleu(['a b c d e f'], ['a b c d x f'])
-  assert found == {'bleu': pytest.approx(100 * (5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25)}
+  # The quotation mark is a word of its own: right are 4 of 5 words, 3 of 4 pairs, 2 of 3 threes, 1 of 2 fours.
+  found = bleu(['“aa bb cc dd'], ['«aa bb cc dd'])
+  assert found == {'bleu': pytest.approx(100 * (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25)}
 
 
 def test_what_a_text_means():
