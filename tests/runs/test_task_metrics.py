@@ -152,6 +152,7 @@ def test_what_a_model_writes_and_scores_does_not_depend_on_the_batch(run):
       np.testing.assert_allclose(found[int(number)], expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize('make_data', ['encoder_decoder'], indirect=True)
 def test_evaluation_writes_them_beside_the_objective_s(run, tmp_path):
   data, objective, program, state = run
   with program.activate(), Checkpointer(tmp_path) as checkpointer:

@@ -4,9 +4,13 @@ import numpy as np
 import pytest
 import seqio
 import tensorflow as tf
+from jax.sharding import NamedSharding, PartitionSpec
 
+from moe_jax import data
+from moe_jax.runs import task_metrics
+from moe_jax.runs.setup import Data
 from moe_jax.types import ConfigError
-from tasks import generation, glue, multiple_choice, preprocessors, superglue, upstream  # noqa: F401
+from tasks import generation, glue, multiple_choice, preprocessors, superglue, upstream, vocabularies  # noqa: F401
 
 IDX = {'idx': 0}
 LENGTHS = {'inputs': 400, 'targets': 100}
@@ -292,6 +296,35 @@ def test_mixtures_are_weighted_by_size():
   assert superglue_tasks['super_glue_wsc_v102_simple_train'] == 259
   glue_tasks = seqio.MixtureRegistry.get('glue_v002_proportional').rate_per_task_name
   assert 'glue_wnli_v002' not in glue_tasks and glue_tasks['glue_mnli_v002'] == 392702
+
+
+def test_superglue_is_mixed_and_its_right_answers_are_right(prepared, mesh):
+  """One example a task. Of CB one class in three is there, and of MultiRC no answer that is right."""
+  for name in GOLDEN:
+    if name.startswith('super_glue'):
+      prepared(name, [GOLDEN[name][1]])
+  converter = 'encoder_decoder'
+  task, modules, lengths = 'super_glue_v102_proportional', ('tasks.superglue',), {'inputs': 160, 'targets': 32}
+  rows = NamedSharding(mesh(data=8), PartitionSpec('data'))
+  batch = next(data.batches(task, lengths, 8, 'train', converter=converter, sharding=rows, modules=modules))
+  answers = {vocabularies.vocabulary().decode(row.tolist()) for row in np.asarray(batch['decoder_target_tokens'])}
+  assert answers and answers <= {'Ann', *(targets for *_, targets in GOLDEN.values())}
+
+  def predict(dataset):
+    found = []
+    for number, row in dataset.as_numpy_iterator():
+      targets = row['decoder_target_tokens'][row['decoder_loss_weights'] > 0]
+      found.append((number, [*targets, *(0,) * (32 - len(targets))]))
+    return found
+
+  evaluator = task_metrics.evaluator_of(Data(task, modules, lengths, 8, converter, 384), 'validation', None)
+  found, _ = evaluator.evaluate(compute_metrics=True, predict_fn=predict, score_fn=None)
+  values = task_metrics.flattened(found.result())
+  partly = {'super_glue_cb_v102/f1': pytest.approx(100 / 3), 'super_glue_multirc_v102/f1': 0}
+  assert len(values) == 12 and {name: value for name, value in values.items() if value != 100} == {
+    **partly,
+    'average': pytest.approx((6 * 100 + (100 + 100 / 3) / 2 + (100 + 0) / 2) / 8),
+  }
 
 
 # ---- Multiple choice -------------------------------------------------------------------------------------------------
