@@ -9,6 +9,7 @@ import difflib
 import glob
 import importlib
 import itertools
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -49,7 +50,7 @@ class _NamesTasks(seqio.LMFeatureConverter):
 
 def vocabulary(task: str, modules: Sequence[str]) -> seqio.Vocabulary:
   """The vocabulary of the targets, to turn tokens into text and back."""
-  return _provider(task, modules).output_features['targets'].vocabulary
+  return provider(task, modules).output_features['targets'].vocabulary
 
 
 def text_of(tokens: Sequence[int] | Array, vocabulary: seqio.Vocabulary) -> str:
@@ -66,7 +67,17 @@ def token_bytes(vocabulary: seqio.Vocabulary) -> tuple[int, ...]:
   if isinstance(vocabulary, seqio.ByteVocabulary):
     first, extra = vocabulary.vocab_size - 256 - vocabulary.extra_ids, vocabulary.extra_ids
     return (0,) * first + (1,) * 256 + (0,) * extra
+  if isinstance(vocabulary, seqio.SentencePieceVocabulary):
+    return tuple(_piece_bytes(vocabulary, token) for token in range(vocabulary.vocab_size))
   return tuple(len(vocabulary.decode([token]).encode()) for token in range(vocabulary.vocab_size))
+
+
+def _piece_bytes(vocabulary: seqio.SentencePieceVocabulary, token: int) -> int:
+  """Bytes of one piece, the blank in front of a word included, which decoding it alone would lose."""
+  model = vocabulary.tokenizer
+  if token >= vocabulary.vocab_size - vocabulary.extra_ids or model.IsControl(token) or model.IsUnknown(token):
+    return 0
+  return 1 if model.IsByte(token) else len(model.IdToPiece(token).replace('▁', ' ').encode())
 
 
 def bytes_of(tokens: np.ndarray, vocabulary: seqio.ByteVocabulary) -> bytes:
@@ -195,6 +206,7 @@ def batches(
   num_epochs: int | None = None,
   pack: bool = True,
   num_shards: int | None = None,
+  cache_dirs: Sequence[str] | None = None,
 ) -> BatchIterator:
   """Reads a seqio task as global batches; each host reads only the shards whose rows its devices hold.
 
@@ -211,15 +223,19 @@ def batches(
     num_epochs: None for ever, each epoch in an order of its own.
     pack: puts several short examples in a row.
     num_shards: into which the data are split; None is one for each host, or for hosts that hold the same rows.
+    cache_dirs: folders that seqio's cache of the task is in; None reads its source.
 
   Raises:
-    ConfigError: as `check`, from the task, or if rows do not divide over shards.
+    ConfigError: as `check`, from the task, if rows do not divide over shards, or if the task is not cached there.
   """
   check(task, lengths, batch_size, split, converter, sharding, modules, vocab_size)
   num_shards = num_shards or _parts(sharding)
   if batch_size % num_shards:
     raise ConfigError(f'BATCH_SIZE={batch_size} does not divide over DATA_SHARDS={num_shards}: use a multiple.')
   order = {'shuffle': shuffle, 'num_epochs': num_epochs, 'seed': seed}
+  if cache_dirs is not None:
+    find_cached(task, modules, cache_dirs)
+    order['use_cached'] = True
   options = tf.data.Options()
   options.deterministic = True
 
@@ -230,6 +246,20 @@ def batches(
   origin = f'{split} of {task}, {converter}, {dict(lengths)}, {batch_size} a batch, pack={pack}, {order}'
   spec = batch_spec(lengths, batch_size, converter)
   return BatchIterator(shard, num_shards, spec, sharding, finite=num_epochs is not None, origin=origin)
+
+
+def find_cached(task: str, modules: Sequence[str], cache_dirs: Sequence[str]) -> None:
+  """Sees that a task, or each of a mixture that can be, is in one of the folders; tasks/README.md says who writes them.
+
+  Raises:
+    ConfigError: if one is not.
+  """
+  known = seqio.get_global_cache_dirs()
+  folders = [os.path.expanduser(folder) for folder in cache_dirs]
+  seqio.add_global_cache_dirs([folder for folder in folders if folder not in known])
+  for part in seqio.get_subtasks(provider(task, modules)):
+    if part.supports_caching and not part.cache_dir:
+      raise ConfigError(f'USE_CACHED: {part.name} is not in {", ".join(folders) or "any CACHE_DIRS"}: cache it there.')
 
 
 def check(
@@ -248,20 +278,20 @@ def check(
     ConfigError: if there is no such task, split or converter; if the task lacks a feature; if its tokens exceed the
       model's vocabulary; if rows do not divide over devices.
   """
-  provider = _provider(task, modules)
+  tasks = provider(task, modules)
   if converter not in _CONVERTERS:
     raise ConfigError(f'No converter {converter!r}: choose among {", ".join(_CONVERTERS)}.')
-  if split not in provider.splits:
-    raise ConfigError(f'{task} has no split {split!r}: choose among {", ".join(sorted(provider.splits))}.')
+  if split not in tasks.splits:
+    raise ConfigError(f'{task} has no split {split!r}: choose among {", ".join(sorted(tasks.splits))}.')
   wanted = {'targets', *lengths} | ({'inputs'} if converter == 'encoder_decoder' else set())
-  if wanted != set(lengths) or wanted - set(provider.output_features):
-    have = ', '.join(provider.output_features)
+  if wanted != set(lengths) or wanted - set(tasks.output_features):
+    have = ', '.join(tasks.output_features)
     raise ConfigError(
       f'TASK_FEATURE_LENGTHS={dict(lengths)} do not suit a model that is {converter} and {task}, which has {have}.'
     )
   if 'task_ids' in lengths and (converter != 'decoder_only' or lengths['task_ids'] != lengths['targets']):
     raise ConfigError("'task_ids' go with 'targets' of the same length and a decoder-only model, for now.")
-  needed = max(provider.output_features[name].vocabulary.vocab_size for name in lengths)
+  needed = max(tasks.output_features[name].vocabulary.vocab_size for name in lengths)
   if vocab_size is not None and vocab_size < needed:
     raise ConfigError(f'VOCAB_SIZE={vocab_size} is less than the {needed} token ids of {task}: raise it.')
   parts = sharding.num_devices // sharding.shard_shape((sharding.num_devices, 1))[0]
@@ -269,7 +299,12 @@ def check(
     raise ConfigError(f'BATCH_SIZE={batch_size} does not divide over {parts} devices: make it a multiple of {parts}.')
 
 
-def _provider(task: str, modules: Sequence[str]) -> seqio.Task | seqio.Mixture:
+def provider(task: str, modules: Sequence[str]) -> seqio.Task | seqio.Mixture:
+  """The task or mixture of this name, once the modules are imported.
+
+  Raises:
+    ConfigError: if there is none.
+  """
   for module in modules:
     try:
       importlib.import_module(module)
@@ -291,13 +326,18 @@ def _examples(
   pack: bool = True,
   **order: int | bool | None,
 ) -> tf.data.Dataset:
-  """The rows of one shard, with at least the features of `batch_spec`. order: shuffle, num_epochs, seed."""
-  convert = _NamesTasks if 'task_ids' in lengths else _CONVERTERS[converter]
-  rows = seqio.get_dataset(task, dict(lengths), convert(pack=pack), split, shard_info=shard, verbose=False, **order)
-  return rows if pack else rows.map(_as_one_segment)
+  """The rows of one shard, with at least the features of `batch_spec`. order: shuffle, num_epochs, seed, use_cached."""
+  convert = feature_converter(lengths, converter, pack)
+  rows = seqio.get_dataset(task, dict(lengths), convert, split, shard_info=shard, verbose=False, **order)
+  return rows if pack else rows.map(as_one_segment)
 
 
-def _as_one_segment(row: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+def feature_converter(lengths: Mapping[str, int], converter: str, pack: bool) -> seqio.FeatureConverter:
+  """What makes features of tasks those of batches."""
+  return (_NamesTasks if 'task_ids' in lengths else _CONVERTERS[converter])(pack=pack)
+
+
+def as_one_segment(row: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
   """Adds the segments and positions that seqio leaves out of rows it did not pack."""
   added = {}
   # Not by the decoder's inputs: they begin with a 0 that is no padding.

@@ -100,6 +100,12 @@ class LanguageModeling:
       loss += auxiliary
     return loss, ({'loss': loss, **metrics, **aux.metrics}, state)
 
+  def log_likelihoods(self, variables: Variables, batch: Batch) -> Array:
+    """The log-probability of each target, outside training, float32[B, L]; 0 where no loss is taken."""
+    (logits, _), _ = self.model.apply(variables, batch, train=False, rngs=None, mutable=[STATE])
+    targets, weights = batch['decoder_target_tokens'], batch['decoder_loss_weights'].astype(jnp.float32)
+    return -optax.softmax_cross_entropy_with_integer_labels(logits, targets) * weights
+
   def smoothed(self, loss: Array, logits: Array, weights: Array, count: Array) -> Array:
     """The cross-entropy float32[] of a pass, with label smoothing and z-loss."""
     if self.label_smoothing:

@@ -27,13 +27,13 @@ VALIDATION_SHARE = 1 / 20
 DOMAINS = 8
 
 
-def split_files(split: str) -> list[str]:
-  """The files of 'train' or 'validation', sorted.
+def split_files(split: str, pattern: str | None = None) -> list[str]:
+  """The files of 'train' or 'validation', sorted: of those that match the pattern, or of the corpus.
 
   Raises:
     ConfigError: if there are no files, or only one, which cannot be both.
   """
-  root, paths = _corpus()
+  root, paths = _corpus(os.environ.get('LOCAL_TEXT_GLOB', '') if pattern is None else pattern)
   if len(paths) < 2:
     raise ConfigError(f'{paths[0]} is the only file, none is left to validate on: split it, or widen LOCAL_TEXT_GLOB.')
   by_hash = sorted((zlib.crc32(os.fsencode(os.path.relpath(path, root))), path) for path in paths)
@@ -43,9 +43,9 @@ def split_files(split: str) -> list[str]:
   return sorted(path for _, path in chosen)
 
 
-def _corpus() -> tuple[str, list[str]]:
+def _corpus(pattern: str) -> tuple[str, list[str]]:
   """The folder that file names are relative to, and the files that can be read and hold something, sorted."""
-  pattern = os.path.expanduser(os.environ.get('LOCAL_TEXT_GLOB', ''))
+  pattern = os.path.expanduser(pattern)
   root = os.path.dirname(re.split(r'[*?[]', pattern)[0]) or '.' if pattern else sysconfig.get_paths()['stdlib']
   found = glob.iglob(pattern, recursive=True) if pattern else _python_files(root)
   paths = sorted(path for path in found if os.path.isfile(path) and os.access(path, os.R_OK) and os.path.getsize(path))
@@ -67,11 +67,12 @@ class LocalFiles(seqio.DataSource):
   # So that seqio leaves sharding to us: were files fewer than hosts, it would leave some hosts none, and they wait.
   supports_arbitrary_sharding = True
 
-  def __init__(self):
+  def __init__(self, pattern: str | None = None):
+    self._pattern = pattern
     super().__init__(splits=('train', 'validation'))
 
   def list_shards(self, split: str) -> list[str]:
-    return split_files(split)
+    return split_files(split, self._pattern)
 
   def get_dataset(
     self,

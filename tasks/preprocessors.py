@@ -17,6 +17,13 @@ from moe_jax.types import ConfigError
 NOISE_DENSITY = 0.15
 MEAN_SPAN_LENGTH = 3.0
 
+# Text of 'inputs' and 'targets' -> tokens, each text cut to its length and EOS behind it; as T5's downstream tasks.
+TO_TOKENS = (
+  seqio.preprocessors.tokenize,
+  seqio.CacheDatasetPlaceholder(),
+  seqio.preprocessors.append_eos_after_trim,
+)
+
 
 def chunk_targets(dataset: tf.data.Dataset, sequence_length: Mapping[str, int]) -> tf.data.Dataset:
   """Cuts 'targets' to the length of the feature; put it after EOS, so that only the end of a document says stop."""
@@ -58,6 +65,21 @@ def corrupt_spans(
     }
 
   return corrupt(_chunk(dataset, longest))
+
+
+def split_prefix(dataset: tf.data.Dataset, sequence_length: Mapping[str, int]) -> tf.data.Dataset:
+  """'targets', whole documents -> chunks cut in two at random: 'inputs', which may be empty, and the rest as 'targets'.
+
+  Both have room for the EOS to be appended. T5's prefix language modeling (https://arxiv.org/abs/1910.10683, 3.2.3).
+  """
+
+  @seqio.map_over_dataset(num_seeds=1)
+  def split(example, seed):
+    tokens = example['targets']
+    place = tf.random.stateless_uniform([], seed, 0, tf.maximum(tf.size(tokens), 1), tf.int32)
+    return {'inputs': tokens[:place], 'targets': tokens[place:]}
+
+  return split(_chunk(dataset, min(sequence_length['inputs'] - 1, sequence_length['targets'] - 1)))
 
 
 @seqio.map_over_dataset

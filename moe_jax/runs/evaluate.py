@@ -1,4 +1,4 @@
-"""Evaluation: the objective's metrics of a run's newest checkpoint, or of every one, on a split of its task."""
+"""Evaluation of a run's newest checkpoint, or of every one, on a split: the objective's metrics, and the task's own."""
 
 import functools
 import itertools
@@ -11,7 +11,8 @@ import numpy as np
 
 from moe_jax.objectives import LanguageModeling
 from moe_jax.runs.progress import describe_loss, say
-from moe_jax.runs.setup import Data, Devices, at_least_one, restore, trained
+from moe_jax.runs.setup import Data, Devices, at_least_one, restore, trained, variables_of
+from moe_jax.runs.task_metrics import TaskMetrics
 from moe_jax.training.metrics import averaged, with_bits_per_byte
 from moe_jax.training.step import eval_step
 
@@ -24,6 +25,7 @@ def evaluate(
   eval_steps: int | None = None,
   split: str = 'validation',
   all_checkpoints: bool = False,
+  task_metrics: TaskMetrics = TaskMetrics(),
 ) -> list[dict[str, Any]]:
   """Measures checkpoints, and adds one object each to evaluation.jsonl in `model_dir`; optimizer state is not read.
 
@@ -32,12 +34,13 @@ def evaluate(
     objective: model and loss.
     data: the task.
     devices: where to run.
-    eval_steps: batches; None for all of the split.
+    eval_steps: batches for the objective's metrics; None for all of the split.
     split: of the task.
     all_checkpoints: the older ones too, oldest first.
+    task_metrics: how those of the task are taken.
 
   Returns:
-    What was written: step, split, and metrics by name.
+    What was written: step, split, and metrics by name; those of tasks as task/metric, and their average.
 
   Raises:
     ConfigError: if there is no checkpoint, or the task has no such split.
@@ -45,19 +48,22 @@ def evaluate(
   if eval_steps is not None:
     at_least_one(EVAL_STEPS=eval_steps)
   program, checkpointer = trained(model_dir, objective, data, devices)
-  measure = jax.jit(
-    functools.partial(eval_step, objective=data.tell_bytes(objective)), out_shardings=program.everywhere
-  )
+  objective = data.tell_bytes(objective)
+  measure = jax.jit(functools.partial(eval_step, objective=objective), out_shardings=program.everywhere)
   results = []
   with program.activate(), checkpointer:
+    measure_tasks = task_metrics.prepare(program, objective, data, split)
     for step in checkpointer.all_steps()[0 if all_checkpoints else -1 :]:
       state = restore(program, checkpointer, step)
       batches = itertools.islice(data.held_out(program.mesh, split), eval_steps)
       values = with_bits_per_byte(averaged(measure(state, batch) for batch in batches))
       result = {'step': step, 'split': split, **{name: np.asarray(value).tolist() for name, value in values.items()}}
-      results.append(result)
+      answers = measure_tasks(variables_of(state))
+      results.append(result | answers)
       say(f'step {step}: {split} {describe_loss(values)}, accuracy {float(values["accuracy"]):.3f}')
+      for name, value in answers.items():
+        say(f'step {step}: {split} {name} {value:.2f}')
       if jax.process_index() == 0:
         with (Path(model_dir).expanduser() / 'evaluation.jsonl').open('a') as file:
-          file.write(json.dumps(result) + '\n')
+          file.write(json.dumps(results[-1]) + '\n')
   return results

@@ -3,7 +3,7 @@
 import functools
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -146,18 +146,35 @@ def generate(
   Yields:
     For each prompt the best int32[N] tokens that follow it, and their score float32[].
   """
+  yield from decoded(compiled_decode(program, data, strategy, max_new_tokens), program, variables, data, prompts, seed)
+
+
+def compiled_decode(program: Program, data: Data, strategy: Strategy, max_new_tokens: int) -> Callable[..., Any]:
+  """The jitted `decode` of the program's model, for `decoded`."""
+  options = {'max_new_tokens': max_new_tokens, 'strategy': strategy, 'eos_id': data.vocabulary().eos_id}
+  return jax.jit(functools.partial(decode, program.objective.model, **options), out_shardings=program.everywhere)
+
+
+def decoded(
+  run: Callable[..., Any],
+  program: Program,
+  variables: Variables,
+  data: Data,
+  prompts: Sequence[Sequence[int]],
+  seed: int = 0,
+  prompt_length: int | None = None,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """As `generate`, by what `compiled_decode` made; with a `prompt_length` it need not be compiled for others."""
   eos_id = data.vocabulary().eos_id
-  options = {'max_new_tokens': max_new_tokens, 'strategy': strategy, 'eos_id': eos_id}
-  run = jax.jit(functools.partial(decode, program.objective.model, **options), out_shardings=program.everywhere)
   size, ways = data.batch_size, sharding.shards('batch')
   spec, begin = data.spec(), [[0]] * len(prompts)
   if 'encoder_input_tokens' in spec:
     features = {'encoder': [[*tokens, eos_id] for tokens in prompts], 'decoder': begin}
     lengths = {'encoder': spec['encoder_input_tokens'].shape[1], 'decoder': 1}
   else:
-    size = min(size, -(-len(prompts) // ways) * ways)
     features = {'decoder': [[0, *tokens] for tokens in prompts]}
-    lengths = {'decoder': max(map(len, features['decoder']), default=1)}
+    lengths = {'decoder': prompt_length or max(map(len, features['decoder']), default=1)}
+    size = size if prompt_length else min(size, -(-len(prompts) // ways) * ways)
   rows = sharding.named_sharding(program.mesh, 'batch', None)
   for start in range(0, len(prompts), size):
     batch = {}

@@ -84,6 +84,7 @@ class Data:
     vocab_size: of the model.
     seed: of shuffling.
     num_shards: into which the data are split, see `moe_jax.data.batches`.
+    use_cached: reads what seqio has cached of the task in `cache_dirs`, and not the task's source.
   """
 
   task: str
@@ -94,6 +95,8 @@ class Data:
   vocab_size: int
   seed: int = 0
   num_shards: int | None = None
+  use_cached: bool = False
+  cache_dirs: Sequence[str] = ()
 
   def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of a batch; reads nothing."""
@@ -112,6 +115,7 @@ class Data:
       sharding=sharding.named_sharding(mesh, 'batch', None),
       modules=self.modules,
       vocab_size=self.vocab_size,
+      cache_dirs=self.cache_dirs if self.use_cached else None,
       **{'seed': self.seed, 'num_shards': self.num_shards, **options},
     )
 

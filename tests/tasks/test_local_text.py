@@ -67,6 +67,15 @@ def test_end_of_text_ends_documents_not_chunks(corpus):
   assert _texts('train', length=10)[1] == [list(b'defghijklm'), [1]]
 
 
+def test_a_source_may_have_files_of_its_own(corpus, tmp_path):
+  corpus([b'of the corpus'] * 4)
+  (tmp_path / 'books').mkdir()
+  for number in range(4):
+    (tmp_path / 'books' / f'{number}').write_bytes(b'a book')
+  source = local_text.LocalFiles(f'{tmp_path}/books/**')
+  assert {example['text'] for example in source.get_dataset('train').as_numpy_iterator()} == {b'a book'}
+
+
 def test_a_home_is_found(corpus, monkeypatch):
   monkeypatch.setenv('HOME', str(corpus([b'abc', b'defg'])))
   monkeypatch.setenv('LOCAL_TEXT_GLOB', '~/*.txt')
