@@ -9,6 +9,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import run
 from moe_jax import data
+from moe_jax.decode import GREEDY
+from moe_jax.runs.evaluate import evaluate
 from moe_jax.runs.train import train
 from tasks import big_bench
 
@@ -36,3 +38,11 @@ def test_a_file_names_a_task_and_lengths_that_suit_it(file, fresh_gin, mesh, tmp
     data.check(bound.task, bound.lengths, 8, split, converter, rows, bound.modules, bound.vocab_size)
     if converter == 'decoder_only':
       assert (bound.lengths['targets'] + bound.lengths.get('inputs', 0)) % 128 == 0, 'groups of tokens fill rows'
+
+
+@pytest.mark.parametrize('score', ['total', 'per_token', 'per_byte'])
+def test_a_command_line_chooses_how_choices_are_compared(score, fresh_gin):
+  files = ['gin/experiments/quickstart.gin', 'gin/tasks/arc.gin']
+  run.parse_gin('eval', files, [f'SCORE = @task_metrics.{score}'], ['.'])
+  chosen = gin.get_bindings(evaluate)['task_metrics']
+  assert chosen.score.__name__ == score and chosen.strategy == GREEDY
