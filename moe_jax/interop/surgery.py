@@ -94,11 +94,26 @@ def _first(pair: tuple[Any, Any]) -> Any:
   return pair[0]
 
 
-def reader(saved: PyTree) -> Callable[[Place], Array | None]:
-  """Reads arrays of a model by place; None where there is none."""
-  flat = flatten_dict(saved, sep='/')
-  known = places(flat)
-  return lambda place: known[place].read(flat) if place in known else None
+class Reader:
+  """Reads the arrays of a model by place, and knows which it has read."""
+
+  def __init__(self, saved: PyTree):
+    """Takes its parameters."""
+    self._flat = flatten_dict(saved, sep='/')
+    self._places = places(self._flat)
+    self._read: set[Place] = set()
+
+  def __call__(self, place: Place) -> Array | None:
+    """The array, or None where there is none."""
+    if place not in self._places:
+      return None
+    self._read.add(place)
+    return self._places[place].read(self._flat)
+
+  def check_all_read(self) -> None:
+    """Raises ConfigError, naming an array that the new model has no use for."""
+    if left := sorted(set(self._places) - self._read):
+      raise ConfigError(f'The new model has no use for {left[0]} of the saved one: make them agree (ACTIVATIONS).')
 
 
 def upcycle(saved: PyTree, fresh: PyTree, noise: float = 0.0, seed: int = 0) -> PyTree:
@@ -116,7 +131,7 @@ def upcycle(saved: PyTree, fresh: PyTree, noise: float = 0.0, seed: int = 0) -> 
   Raises:
     ConfigError: if the dense model lacks a layer, or sizes differ.
   """
-  read = reader(saved)
+  read = Reader(saved)
 
   def choose(place: Place, new: Array) -> Array:
     if (value := read(place)) is not None:
@@ -136,7 +151,9 @@ def upcycle(saved: PyTree, fresh: PyTree, noise: float = 0.0, seed: int = 0) -> 
       raise ConfigError(f'The dense model has nothing for {place}: upcycle one with as many layers.')
     return value
 
-  return rebuilt(fresh, choose)
+  upcycled = rebuilt(fresh, choose)
+  read.check_all_read()
+  return upcycled
 
 
 def shared_start(saved: PyTree, fresh: PyTree) -> PyTree:
@@ -145,7 +162,7 @@ def shared_start(saved: PyTree, fresh: PyTree) -> PyTree:
   Of a sparse teacher, a dense student takes all weights but those of expert layers (Switch, section 4.2); a shallower
   sparse student takes its layers, experts and all (Mixture-of-Students, Rajbhandari et al. 2022).
   """
-  read = reader(saved)
+  read = Reader(saved)
 
   def choose(place: Place, new: Array) -> Array:
     value = read(place)
@@ -235,7 +252,8 @@ def merge(saved: PyTree, fresh: PyTree, loads: Mapping[str, Array] | None = None
 
 
 def _fewer_experts(saved: PyTree, fresh: PyTree, pick: Callable[[Place, int, Array, int, int], Array]) -> PyTree:
-  read, flat = reader(saved), flatten_dict(saved, sep='/')
+  read, flat = Reader(saved), flatten_dict(saved, sep='/')
+  dense = not any('/moe/' in path for path in flatten_dict(fresh, sep='/'))  # and has no use for routers
   sparse = collections.defaultdict(set)
   for place in places(flat):
     if place.sublayer == 'moe':
@@ -259,7 +277,10 @@ def _fewer_experts(saved: PyTree, fresh: PyTree, pick: Callable[[Place, int, Arr
     value = pick(place, layer, value, differ[0], wanted[differ[0]])
     return value[0] if merged else value
 
-  return rebuilt(fresh, choose)
+  smaller = rebuilt(fresh, choose)
+  if not dense:
+    read.check_all_read()
+  return smaller
 
 
 def average(models: Sequence[PyTree], weights: Sequence[float] | None = None) -> PyTree:

@@ -75,7 +75,7 @@ def train(
     optimizer: makes the optimizer.
     data: what to train on.
     devices: where to train.
-    train_steps: steps in all, counted from the first start.
+    train_steps: steps in all, counted from the first start; 0 saves what a run would begin with.
     eval_steps: validation batches at each evaluation.
     eval_period, checkpoint_period, log_period: in steps.
     checkpoints_to_keep: the newest so many.
@@ -104,9 +104,11 @@ def train(
     Preempted: on SIGTERM, when all is saved.
   """
   at_least_one(
-    TRAIN_STEPS=train_steps, EVAL_STEPS=eval_steps, EVAL_PERIOD=eval_period, CHECKPOINT_PERIOD=checkpoint_period,
+    EVAL_STEPS=eval_steps, EVAL_PERIOD=eval_period, CHECKPOINT_PERIOD=checkpoint_period,
     LOG_PERIOD=log_period, MICROBATCHES=microbatches, BATCH_SIZE=data.batch_size,
   )  # fmt: skip
+  if not isinstance(train_steps, int) or train_steps < 0:
+    raise ConfigError(f'TRAIN_STEPS={train_steps!r}: a whole number is wanted; 0 saves what a run would begin with.')
   started = time.perf_counter()
   profiler = Profiler(profile_steps)
   use_compilation_cache(compilation_cache)
@@ -201,6 +203,8 @@ def train(
           checkpointer.wait()
           raise Preempted(f'SIGTERM: saved at step {step} and stopped. The same command goes on from there.')
     if first >= train_steps:
+      if checkpointer.latest_step() is None:
+        checkpointer.save(state, batches)
       say(f'Nothing left to train: TRAIN_STEPS={train_steps} and the run is at step {first}.')
       summary['validation_bits_per_byte'] = validate(state).get('bits_per_byte')
 

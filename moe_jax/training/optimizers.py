@@ -41,6 +41,7 @@ def constant(peak: float, warmup_steps: int = 0) -> Schedule:
 
 def cosine(peak: float, total_steps: int, warmup_steps: int = 0, final_fraction: float = 0.1) -> Schedule:
   """Linear warm-up to `peak`, then half a cosine down to `final_fraction` of it at `total_steps`."""
+  total_steps = max(total_steps, 1)
   warmup = min(warmup_steps, max(total_steps - 1, 0))
   return optax.warmup_cosine_decay_schedule(0.0 if warmup else peak, peak, warmup, total_steps, peak * final_fraction)
 

@@ -72,6 +72,14 @@ def test_what_cannot_be_upcycled_is_named(monkeypatch):
   fresh, _ = init(tiny.decoder_only(), 'decoder_only')
   with pytest.raises(ConfigError, match=r'layer 1/moe/experts/wi_0 has shape \(8, 32, 64\)'):
     surgery.upcycle(dense, fresh)
+  sized(monkeypatch)
+  plain = jax.tree.map(lambda x: x, fresh)
+  del plain['stack_0']['blocks']['moe']['experts']['wi_1']  # experts that are not gated, of a gated layer
+  plain['stack_0']['blocks']['moe']['experts'] = {
+    name: np.zeros((2, 8, *shape), np.float32) for name, shape in {'wi_0': (32, 64), 'wo': (64, 32)}.items()
+  }
+  with pytest.raises(ConfigError, match='no use for stack_0/layer 1/mlp/wi_1'):
+    surgery.upcycle(dense, plain)
   shallow, _ = init(tiny.decoder_only(expert_every=0, num_layers=2), 'decoder_only')
   with pytest.raises(ConfigError, match='has nothing for stack_0/layer 2/'):
     surgery.upcycle(shallow, fresh)

@@ -58,6 +58,28 @@ def test_towards_the_end_a_student_is_left_alone():
 
 
 @pytest.mark.usefixtures('_clean')
+def test_a_dense_run_is_upcycled_from_the_command_line(tmp_path, capsys):
+  dense, sparse = tmp_path / 'dense', tmp_path / 'sparse'
+  gated = "--gin.experts.Experts.activations=('gelu', 'linear')"
+  assert run.main(arguments(dense, '--debug', '--gin.STRATEGY=None', '--gin.EXPERT_EVERY=0', gated)) == 0
+  gin.clear_config()
+  more = [f"--gin.INITIAL_CHECKPOINT_PATH='{dense}'", '--gin_file=gin/surgery/upcycle.gin', '--gin.TRAIN_STEPS=0']
+  assert run.main(arguments(sparse, '--debug', '--gin.STRATEGY=None', gated, *more)) == 0
+  assert '0 and the run is at step 0' in capsys.readouterr().out and (sparse / 'checkpoints' / '0').exists()
+  losses = []
+  for folder in (dense, sparse):
+    gin.clear_config()
+    assert run.main(['--debug', '--run_mode=eval', f'--gin_file={folder / "config.gin"}']) == 0
+    losses.append(lines(folder / 'evaluation.jsonl')[-1]['cross_entropy'])
+  assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+  gin.clear_config()
+  more = [f"--gin.INITIAL_CHECKPOINT_PATH='{sparse}'", '--gin_file=gin/surgery/prune.gin', '--gin.TRAIN_STEPS=0']
+  assert run.main(arguments(tmp_path / 'pruned', '--gin.NUM_EXPERTS=4', gated, *more)) == 1
+  assert 'tells of no loads of experts' in capsys.readouterr().err, 'since it was never trained'
+
+
+@pytest.mark.usefixtures('_clean')
 def test_a_dense_student_of_a_sparse_teacher(tmp_path, capsys):
   teacher, student = tmp_path / 'teacher', tmp_path / 'student'
   quiet = ['--debug', '--gin.STRATEGY=None']
