@@ -120,6 +120,16 @@ def activate(mesh: Mesh, rules: AxisRules) -> Iterator[None]:
     yield
 
 
+@contextlib.contextmanager
+def activate_inside(mesh: Mesh, rules: AxisRules) -> Iterator[None]:
+  """As `activate`, while a function is traced that another engine jits.
+
+  Such as T5X, which enters its mesh as `with mesh:`, where constraints by names would be dropped.
+  """
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(tuple(rules)):
+    yield
+
+
 def spec(*names: str | None) -> PartitionSpec:
   """The partition spec of an array whose axes have these logical names (None: not split) under the active rules."""
   rules = nn.get_logical_axis_rules()
