@@ -53,6 +53,12 @@ def tensor_over_experts_rules() -> AxisRules:
   return (('batch', ('replica', 'data')), *_ACTIVATIONS[1:], *_EXPERTS, *wide, *_WHOLE, ('embed', 'data'))
 
 
+def data_model_rules() -> AxisRules:
+  """On a mesh of 'data' and 'model' alone, such as T5X's own: experts live along the former, weights are replicated."""
+  activations = (('batch', 'data'), ('group', 'data'), ('expert_group', None))
+  return (*activations, ('expert', 'data'), ('expert_mlp', 'model'), *_DENSE, *_WHOLE, ('embed', None))
+
+
 def mesh_shape(wish: Mapping[str, int], num_devices: int, num_experts: int = 0, num_slices: int = 1) -> dict[str, int]:
   """Fills in the -1s of a wished mesh shape.
 
@@ -117,16 +123,6 @@ def activate(mesh: Mesh, rules: AxisRules) -> Iterator[None]:
   """The one way in: everything that initialises, traces or runs a model does so inside it."""
   # `jax.set_mesh`, not `with mesh:`; under the latter today's Flax drops logical constraints without a word.
   with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(rules)):
-    yield
-
-
-@contextlib.contextmanager
-def activate_inside(mesh: Mesh, rules: AxisRules) -> Iterator[None]:
-  """As `activate`, while a function is traced that another engine jits.
-
-  Such as T5X, which enters its mesh as `with mesh:`, where constraints by names would be dropped.
-  """
-  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(tuple(rules)):
     yield
 
 

@@ -4,7 +4,6 @@ T5X drives a model (`LanguageModel`) with an optimizer (`Optimizer`) on a mesh (
 words. It is not on the package registries, README.md says how to install it; nothing else imports this file.
 """
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -81,7 +80,10 @@ class Optimizer(optimizers.OptaxWrapper):
 
 
 class LanguageModel(models.BaseTransformerModel):
-  """A model and its objective; losses, auxiliary ones included, and metrics are those of our own trainer."""
+  """A model and its objective; losses, auxiliary ones included, and metrics are those of our own trainer.
+
+  T5X traces all of it with its partitioner's mesh and rules around, which `sharding.constrain` and dispatchers find.
+  """
 
   def __init__(
     self,
@@ -89,7 +91,6 @@ class LanguageModel(models.BaseTransformerModel):
     optimizer: OptimizerFactory,
     vocabulary: seqio.Vocabulary,
     converter: str,
-    partitioner: partitioning.PjitPartitioner,
     strategy: Strategy,
   ):
     """Builds nothing yet.
@@ -99,16 +100,12 @@ class LanguageModel(models.BaseTransformerModel):
       optimizer: makes the optimizer from the parameters' axis names.
       vocabulary: of inputs and targets.
       converter: 'decoder_only' or 'encoder_decoder'.
-      partitioner: one like that which T5X is given; where its mesh and rules are not ours, they name the same axes.
       strategy: how `predict_batch` chooses tokens.
     """
     self.FEATURE_CONVERTER_CLS = data.CONVERTERS[converter]
     self._objective = dataclasses.replace(objective, token_bytes=data.token_bytes(vocabulary))
-    self._partitioner, self._strategy = partitioner, strategy
+    self._strategy = strategy
     super().__init__(objective.model, vocabulary, vocabulary, Optimizer(optimizer))
-
-  def _active(self) -> contextlib.AbstractContextManager[None]:
-    return sharding.activate_inside(self._partitioner.mesh, self._partitioner.logical_axis_rules)
 
   def get_initial_variables(
     self, rng: Array, input_shapes: Mapping[str, Any], input_types: Mapping[str, Any] | None = None
@@ -116,9 +113,8 @@ class LanguageModel(models.BaseTransformerModel):
     """Variables, and beside each collection 'NAME' the logical axis names of its arrays, as 'NAME_axes'."""
     batch = as_one_segment({name: jnp.zeros(shape, jnp.int32) for name, shape in input_shapes.items()})
     spec = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}
-    with self._active():
-      _, names = abstract_variables(self._objective, spec)
-      variables = dict(nn.unbox(self.module.init(rng, batch)))
+    _, names = abstract_variables(self._objective, spec)
+    variables = dict(nn.unbox(self.module.init(rng, batch)))
     return freeze(variables | {f'{collection}_axes': _axes(tree) for collection, tree in names.items()})
 
   def loss_fn(
@@ -136,10 +132,9 @@ class LanguageModel(models.BaseTransformerModel):
   def _loss(
     self, params: PyTree, batch: Batch, rngs: dict[str, Array] | None, memories: PyTree | None
   ) -> tuple[Array, dict[str, clu_metrics.Metric], PyTree]:
-    with self._active():
-      batch = self._objective.counted(as_one_segment(batch))
-      variables = {'params': params, **(memories or {})}
-      loss, (metrics, state) = self._objective.loss(variables, batch, rngs, train=rngs is not None)
+    batch = self._objective.counted(as_one_segment(batch))
+    variables = {'params': params, **(memories or {})}
+    loss, (metrics, state) = self._objective.loss(variables, batch, rngs, train=rngs is not None)
     return loss, as_clu_metrics(metrics, len(batch['decoder_target_tokens'])), state
 
   def _compute_logits(
@@ -149,8 +144,7 @@ class LanguageModel(models.BaseTransformerModel):
     dropout_rng: Array | None = None,
     flax_mutables: PyTree | None = None,
   ) -> Array:
-    with self._active():
-      (logits, _) = self.module.apply({'params': params, **(flax_mutables or {})}, as_one_segment(batch))
+    (logits, _) = self.module.apply({'params': params, **(flax_mutables or {})}, as_one_segment(batch))
     return logits
 
   def score_batch(
@@ -171,16 +165,15 @@ class LanguageModel(models.BaseTransformerModel):
     self, params: PyTree, batch: Batch, rng: Array | None = None, flax_mutables: PyTree | None = None
   ) -> tuple[Array, dict[str, Array]]:
     """At most as many tokens as the targets are long, int32[B, L], 0 behind the end; and their 'scores' float32[B]."""
-    with self._active():
-      tokens, scores = decode(
-        self.module,
-        {'params': params, **(flax_mutables or {})},
-        prompts(batch),
-        max_new_tokens=batch['decoder_target_tokens'].shape[1],
-        strategy=self._strategy,
-        key=jax.random.key(0) if rng is None else rng,
-        eos_id=self.output_vocabulary.eos_id,
-      )
+    tokens, scores = decode(
+      self.module,
+      {'params': params, **(flax_mutables or {})},
+      prompts(batch),
+      max_new_tokens=batch['decoder_target_tokens'].shape[1],
+      strategy=self._strategy,
+      key=jax.random.key(0) if rng is None else rng,
+      eos_id=self.output_vocabulary.eos_id,
+    )
     return tokens[:, 0], {'scores': scores[:, 0]}
 
 

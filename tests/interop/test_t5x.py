@@ -63,32 +63,33 @@ class Setup(NamedTuple):
 
 @pytest.fixture
 def prepare(engine: Any, mesh: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-  """`prepare(kind, router)` on a mesh of 2 x 4 devices."""
+  """`prepare(kind, router)` on our mesh of 2 x 4 devices; with `own`, T5X on a mesh as it makes them itself."""
   import seqio
   from t5x import trainer as trainers
   from t5x import utils
 
   monkeypatch.setattr(engine.data, 'token_bytes', lambda vocabulary: ())
 
-  def make(kind: str, router: str, **options: Any) -> Setup:
+  def make(kind: str, router: str, own: bool = False, **options: Any) -> Setup:
     objective = LanguageModeling(KINDS[kind](router=ROUTERS[router], **options), z_loss=1e-4)
+    ours, rules = mesh(data=2, expert=4), sharding.replicated_rules()
 
     class Devices:
-      axis_rules = sharding.replicated_rules()
+      axis_rules = sharding.data_model_rules() if own else rules
 
       def make_mesh(self) -> Any:
-        return mesh(data=2, expert=4)
+        return jax.sharding.Mesh(np.array(jax.devices()).reshape(4, 2), ('data', 'model')) if own else ours
 
     partitioner = engine.Partitioner(Devices())
     vocabulary = seqio.ByteVocabulary()
-    model = engine.LanguageModel(objective, OPTIMIZER, vocabulary, kind, partitioner, Sampling(temperature=0))
+    model = engine.LanguageModel(objective, OPTIMIZER, vocabulary, kind, Sampling(temperature=0))
     batches = [tiny.batch(encoder=kind == 'encoder_decoder', seed=seed) for seed in range(STEPS)]
     initializer = utils.TrainStateInitializer(
       model.optimizer_def, model.get_initial_variables, {k: x.shape for k, x in batches[0].items()}, partitioner
     )
-    with sharding.activate(partitioner.mesh, Devices.axis_rules):
+    with sharding.activate(ours, rules):
       spec = {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in batches[0].items()}
-      make_state, _, transform = init_state(objective, OPTIMIZER, spec, partitioner.mesh, SEED)
+      make_state, _, transform = init_state(objective, OPTIMIZER, spec, ours, SEED)
       state = make_state()
     theirs = initializer.from_scratch(jax.random.PRNGKey(0))
     theirs = theirs.replace_params(jax.tree.map(lambda _, x: x, theirs.params, jax.tree.map(np.asarray, frozen(state))))
@@ -96,8 +97,8 @@ def prepare(engine: Any, mesh: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
       model, theirs, partitioner, [], None, initializer.train_state_axes, jax.random.PRNGKey(0), lambda step: 0.0, None
     )
     return Setup(
-      model, trainer, initializer.train_state_axes, initializer, state, objective, transform, partitioner.mesh,
-      Devices.axis_rules, batches,
+      model, trainer, initializer.train_state_axes, initializer, state, objective, transform, ours,
+      rules, batches,
     )  # fmt: skip
 
   return make
@@ -119,11 +120,14 @@ def assert_same(actual: Any, expected: Any) -> None:
 
 
 @pytest.mark.parametrize(
-  ('kind', 'router'), [('encoder_decoder', 'st_moe'), ('decoder_only', 'st_moe'), ('decoder_only', 'bias_balanced')]
+  ('kind', 'router', 'own'),
+  [('encoder_decoder', 'st_moe', False), ('decoder_only', 'st_moe', True), ('decoder_only', 'bias_balanced', False)],
 )
-def test_both_engines_train_alike(kind: str, router: str, prepare: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_engines_train_alike(
+  kind: str, router: str, own: bool, prepare: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
   """Losses, metrics, parameters and memories, step by step, with the same random draws."""
-  setup = prepare(kind, router)
+  setup = prepare(kind, router, own)
   draws = lambda step: jax.random.split(jax.random.fold_in(jax.random.key(SEED), step), 1)[0]  # noqa: E731
   monkeypatch.setattr(setup.trainer, '_get_step_rng', draws)  # as `train_step` and one microbatch draw
   with sharding.activate(setup.mesh, setup.rules):
