@@ -1,35 +1,33 @@
 """T5X as another engine for the same models, driven by `python -m t5x.train` and the files of gin/t5x/.
 
 T5X drives a model (`LanguageModel`) with an optimizer (`Optimizer`) on a mesh (`Partitioner`), all three ours in its
-words. It is not on the package registries, README.md says how to install it; nothing else imports this file.
+words. It is not on the package registries, README.md says how to install it; nothing else imports this file. Its
+checkpoints are read and written by `t5x_checkpoints.py`, without it.
 """
 
 import dataclasses
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import seqio
 from clu import metrics as clu_metrics
 from flax.core import freeze
 from flax.linen.partitioning import AxisMetadata
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, PartitionSpec
-from t5x import checkpoints, models, optimizers, partitioning
 from t5x import metrics as t5x_metrics
+from t5x import models, optimizers, partitioning
 
 from moe_jax import data, sharding
 from moe_jax.decode import Strategy, decode
 from moe_jax.objectives import LanguageModeling
-from moe_jax.training.state import Names, OptimizerFactory, TrainState, abstract_variables, follow_specs
-from moe_jax.types import Array, Batch, ConfigError, Metrics
+from moe_jax.training.state import Names, OptimizerFactory, abstract_variables, follow_specs
+from moe_jax.types import Array, Batch, Metrics
 
 PyTree = Any
 
@@ -225,62 +223,6 @@ def as_clu_metrics(values: Metrics, rows: int) -> dict[str, clu_metrics.Metric]:
     'timing/seqs_per_second': t5x_metrics.TimeRate.from_model_output(numerator=rows),
     'timing/target_tokens_per_second': t5x_metrics.TimeRate.from_model_output(numerator=tokens),
   }
-
-
-def from_checkpoint(path: str) -> TrainState:
-  """Reads weights that T5X saved of one of our models.
-
-  Args:
-    path: T5X's MODEL_DIR, of which the newest checkpoint is taken, or its checkpoint_STEP.
-
-  Returns:
-    The state on the host, without the optimizer's part: `Checkpointer.save` writes it, and runs begin with it.
-
-  Raises:
-    ConfigError: if there is no checkpoint, or none of T5X.
-  """
-  folder = Path(path).expanduser().absolute()
-  if (step := checkpoints.latest_step(str(folder))) is not None:
-    folder = Path(checkpoints.get_checkpoint_dir(str(folder), step))
-  if (folder / 'checkpoint').is_file():  # as T5X wrote them before Orbax
-    tree = checkpoints.load_t5x_checkpoint(str(folder))
-  elif (folder / 'state').is_dir():
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-      saved = reader.metadata(folder / 'state').item_metadata.tree
-      wanted = {name: saved[name] for name in ('target', 'flax_mutables') if name in saved}
-      wanted['state'] = {'step': saved['state']['step']}
-      as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-      tree = reader.restore(
-        folder / 'state', args=ocp.args.PyTreeRestore(wanted, restore_args=as_numpy, partial_restore=True)
-      )
-  else:
-    raise ConfigError(f'No checkpoint of T5X in {path}: give its MODEL_DIR, or MODEL_DIR/checkpoint_STEP.')
-  return TrainState(
-    step=np.int32(tree['state']['step']),  # type: ignore[arg-type]
-    params=tree['target'],
-    opt_state=None,
-    variables=tree.get('flax_mutables', {}),
-  )
-
-
-def to_checkpoint(state: TrainState, model_dir: str) -> Path:
-  """Writes our weights as a checkpoint of T5X, without an optimizer's state.
-
-  Args:
-    state: whose step, parameters and routers' memories.
-    model_dir: T5X's; made where there is none.
-
-  Returns:
-    The folder written, `model_dir`/checkpoint_STEP.
-  """
-  folder, step = Path(model_dir).expanduser().absolute(), int(state.step)
-  tree = {'target': state.params, 'state': {'step': np.int32(step)}}
-  if state.variables:
-    tree['flax_mutables'] = state.variables
-  options = ocp.CheckpointManagerOptions(step_prefix=checkpoints.get_checkpoint_prefix(), create=True)
-  with ocp.CheckpointManager(folder, options=options) as manager:
-    manager.save(step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(tree)), force=True)
-  return Path(checkpoints.get_checkpoint_dir(str(folder), step))
 
 
 def _axes(names: PyTree) -> PyTree:
