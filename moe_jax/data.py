@@ -1,4 +1,4 @@
-"""Batches: seqio tasks packed, batched and laid out over the mesh. The one file of the library that meets TensorFlow.
+"""Batches: seqio tasks packed, batched and laid out over the mesh. The one file that meets TensorFlow, but for T5X's.
 
 What is in a batch, `moe_jax/batch.py` says.
 """
@@ -30,7 +30,7 @@ with quiet_stderr():
   tf.config.set_visible_devices([], 'GPU')  # else TensorFlow takes the memory that JAX is about to use
 
 # DecoderFeatureConverter is a plain language model for 'targets' alone, and a prefix one for 'inputs' and 'targets'.
-_CONVERTERS = {'decoder_only': seqio.DecoderFeatureConverter, 'encoder_decoder': seqio.EncDecFeatureConverter}
+CONVERTERS = {'decoder_only': seqio.DecoderFeatureConverter, 'encoder_decoder': seqio.EncDecFeatureConverter}
 
 
 class _NamesTasks(seqio.LMFeatureConverter):
@@ -279,8 +279,8 @@ def check(
       model's vocabulary; if rows do not divide over devices.
   """
   tasks = provider(task, modules)
-  if converter not in _CONVERTERS:
-    raise ConfigError(f'No converter {converter!r}: choose among {", ".join(_CONVERTERS)}.')
+  if converter not in CONVERTERS:
+    raise ConfigError(f'No converter {converter!r}: choose among {", ".join(CONVERTERS)}.')
   if split not in tasks.splits:
     raise ConfigError(f'{task} has no split {split!r}: choose among {", ".join(sorted(tasks.splits))}.')
   wanted = {'targets', *lengths} | ({'inputs'} if converter == 'encoder_decoder' else set())
@@ -334,7 +334,7 @@ def _examples(
 
 def feature_converter(lengths: Mapping[str, int], converter: str, pack: bool) -> seqio.FeatureConverter:
   """What makes features of tasks those of batches."""
-  return (_NamesTasks if 'task_ids' in lengths else _CONVERTERS[converter])(pack=pack)
+  return (_NamesTasks if 'task_ids' in lengths else CONVERTERS[converter])(pack=pack)
 
 
 def as_one_segment(row: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:

@@ -53,6 +53,12 @@ def tensor_over_experts_rules() -> AxisRules:
   return (('batch', ('replica', 'data')), *_ACTIVATIONS[1:], *_EXPERTS, *wide, *_WHOLE, ('embed', 'data'))
 
 
+def data_model_rules() -> AxisRules:
+  """On a mesh of 'data' and 'model' alone, such as T5X's own: experts live along the former, weights are replicated."""
+  activations = (('batch', 'data'), ('group', 'data'), ('expert_group', None))
+  return (*activations, ('expert', 'data'), ('expert_mlp', 'model'), *_DENSE, *_WHOLE, ('embed', None))
+
+
 def mesh_shape(wish: Mapping[str, int], num_devices: int, num_experts: int = 0, num_slices: int = 1) -> dict[str, int]:
   """Fills in the -1s of a wished mesh shape.
 

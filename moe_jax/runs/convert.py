@@ -25,7 +25,8 @@ def convert(
   Args:
     model_dir: our side.
     devices: over which arrays are spread meanwhile.
-    source: reads `path` of this kind ('hf') into `model_dir`, which then holds model.gin and a checkpoint of step 0.
+    source: reads `path` of this kind into `model_dir`: 'hf', then with model.gin and a checkpoint of step 0, or 't5x',
+      then with a checkpoint of T5X's step.
     target: writes the newest checkpoint of `model_dir` to `path` as this kind.
     path: their side, a folder.
 
@@ -36,7 +37,7 @@ def convert(
     ConfigError: if not just one of source and target is given, or something does not fit.
   """
   if (source is None) == (target is None) or not path:
-    raise ConfigError('--run_mode=convert needs --path=DIR, and either --from=hf or --to=hf.')
+    raise ConfigError(f'--run_mode=convert needs --path=DIR, and either --from or --to: {" or ".join(READERS)}.')
   engines: Mapping[str, Callable[..., Path]] = READERS if source else WRITERS
   kind = source or target or ''
   if kind not in engines:
@@ -54,8 +55,7 @@ def from_hugging_face(model_dir: str, devices: Devices, path: str) -> Path:
   huggingface.describe(config)  # complains before anything is made
   mesh, folder = devices.make_mesh(), open_model_dir(model_dir)
   with locked(folder), Checkpointer(folder) as checkpointer:
-    if checkpointer.latest_step() is not None:
-      raise ConfigError(f'MODEL_DIR {model_dir!r} has checkpoints already: choose another folder.')
+    _check_empty(checkpointer, model_dir)
     _, variables = huggingface.load(path, mesh)
     checkpointer.save(TrainState(jnp.int32(0), variables['params'], None, {}))
     if jax.process_index() == 0:
@@ -81,5 +81,33 @@ def to_hugging_face(model_dir: str, devices: Devices, path: str) -> Path:
   return Path(path)
 
 
-READERS: dict[str, Callable[..., Path]] = {'hf': from_hugging_face}
-WRITERS: dict[str, Callable[..., Path]] = {'hf': to_hugging_face}
+def from_t5x(model_dir: str, devices: Devices, path: str) -> Path:
+  """See `convert`. The optimizer's state stays behind."""
+  from moe_jax.interop.t5x_checkpoints import from_checkpoint
+
+  devices.make_mesh()
+  folder, state = open_model_dir(model_dir), from_checkpoint(path)
+  with locked(folder), Checkpointer(folder) as checkpointer:
+    _check_empty(checkpointer, model_dir)
+    checkpointer.save(state)
+  return folder / 'checkpoints' / str(int(state.step))
+
+
+def to_t5x(model_dir: str, devices: Devices, path: str) -> Path:
+  """See `convert`. The optimizer's state stays behind."""
+  from moe_jax.interop.t5x_checkpoints import to_checkpoint
+
+  (folder, step), mesh = find(model_dir), devices.make_mesh()
+  with Checkpointer(folder, read_only=True) as checkpointer:
+    spec = jax.tree.map(lambda x: sharding.spread(mesh, x), checkpointer.weights(step))
+    state = checkpointer.restore(spec, step=step)
+  return to_checkpoint(state, path)
+
+
+def _check_empty(checkpointer: Checkpointer, model_dir: str) -> None:
+  if checkpointer.latest_step() is not None:
+    raise ConfigError(f'MODEL_DIR {model_dir!r} has checkpoints already: choose another folder.')
+
+
+READERS: dict[str, Callable[..., Path]] = {'hf': from_hugging_face, 't5x': from_t5x}
+WRITERS: dict[str, Callable[..., Path]] = {'hf': to_hugging_face, 't5x': to_t5x}

@@ -188,9 +188,18 @@ class Checkpointer:
     Raises:
       Damaged: if they cannot be read.
     """
+    return self.weights(step).params
+
+  def weights(self, step: int | None = None) -> TrainState:
+    """Shapes and types of all that was saved but the optimizer's part, as jax.ShapeDtypeStructs.
+
+    Raises:
+      Damaged: if they cannot be read.
+    """
     step = self.latest_step() if step is None else step
     try:
-      saved = self._saved_tree(step)['params']
+      tree = self._saved_tree(step)
+      saved = TrainState(tree['step'], tree['params'], None, tree.get('variables') or {})
     except Exception as error:
       raise self._damaged(step, f'cannot be read ({_reason(error)})') from error
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), saved, is_leaf=lambda x: hasattr(x, 'shape'))

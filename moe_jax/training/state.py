@@ -118,24 +118,40 @@ def _explain(path: str, shape: tuple[int, ...], axes: Names, placed: NamedShardi
 
 
 def follow_params(opt_state: PyTree, params: PyTree, param_shardings: PyTree, mesh: Mesh) -> PyTree:
-  """Optimizer state lives where its parameter does; a factored second moment has lost one of the parameter's axes."""
+  """Optimizer state lives where its parameter does, see `follow_specs`."""
+  specs = follow_specs(opt_state, params, jax.tree.map(lambda placed: placed.spec, param_shardings))
+  return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=_is_spec)
+
+
+def follow_specs(opt_state: PyTree, params: PyTree, param_specs: PyTree) -> PyTree:
+  """The PartitionSpecs of optimizer state; a factored second moment has lost one of the parameter's axes.
+
+  Args:
+    opt_state: shapes.
+    params: shapes.
+    param_specs: a PartitionSpec for each parameter, of mesh axes or of logical ones.
+  """
   leaves = jax.tree_util.tree_leaves_with_path(params)
   table = {
-    path: (leaf.shape, placed.spec)
-    for (path, leaf), placed in zip(leaves, jax.tree.leaves(param_shardings), strict=True)
+    path: (leaf.shape, spec)
+    for (path, leaf), spec in zip(leaves, jax.tree.leaves(param_specs, is_leaf=_is_spec), strict=True)
   }
 
-  def place(path: Any, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+  def place(path: Any, leaf: jax.ShapeDtypeStruct) -> PartitionSpec:
     # Somewhere along the path to a piece of optimizer state lies the path of its parameter.
     for start, end in itertools.combinations(range(len(path) + 1), 2):
       if found := table.get(path[start:end]):
         shape, spec = found
         spec = (*spec, *(None,) * (len(shape) - len(spec)))
         if leaf.shape == shape:
-          return NamedSharding(mesh, PartitionSpec(*spec))
+          return PartitionSpec(*spec)
         for axis in range(len(shape)):
           if leaf.shape == shape[:axis] + shape[axis + 1 :]:
-            return NamedSharding(mesh, PartitionSpec(*spec[:axis], *spec[axis + 1 :]))
-    return NamedSharding(mesh, PartitionSpec())
+            return PartitionSpec(*spec[:axis], *spec[axis + 1 :])
+    return PartitionSpec()
 
   return jax.tree_util.tree_map_with_path(place, opt_state)
+
+
+def _is_spec(x: Any) -> bool:
+  return isinstance(x, PartitionSpec)
