@@ -205,6 +205,8 @@ def train(
     if first >= train_steps:
       if checkpointer.latest_step() is None:
         checkpointer.save(state, batches)
+        say(f'TRAIN_STEPS=0: saved what a run would begin with in {checkpointer.directory}')
+        return summary
       say(f'Nothing left to train: TRAIN_STEPS={train_steps} and the run is at step {first}.')
       summary['validation_bits_per_byte'] = validate(state).get('bits_per_byte')
 
