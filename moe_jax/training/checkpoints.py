@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -16,6 +17,7 @@ from moe_jax.training.state import TrainState
 from moe_jax.types import Batch, ConfigError, Damaged
 
 PyTree = Any
+_DELETED = '.deleted'  # in checkpoints/, on their way out
 
 
 class SavableIterator(Iterator[Batch], Protocol):
@@ -74,11 +76,18 @@ class Checkpointer:
         create=not read_only,
         read_only=read_only,
         enable_async_checkpointing=asynchronous,
+        todelete_subdir=None if read_only else _DELETED,
       ),
     )
     self.directory = directory
     self._fingerprints = jax.jit(fingerprints)
+    self._writes = not read_only
     self._set_aside = None if read_only or jax.process_count() > 1 else directory.parent / 'damaged_checkpoints'
+
+  def _sweep(self) -> None:
+    """Removes old checkpoints, which Orbax has but renamed: a part of one must not pass for the whole."""
+    if self._writes and jax.process_index() == 0:
+      shutil.rmtree(self.directory / _DELETED, ignore_errors=True)
 
   def latest_step(self) -> int | None:
     """The newest complete checkpoint's step; a half-written one does not count."""
@@ -106,6 +115,8 @@ class Checkpointer:
     if iterator is not None:
       items['data'] = _SaveIterator(iterator)
     with self._writing():
+      self._manager.wait_until_finished()  # as saving would: so nothing is on its way out while that is swept
+      self._sweep()
       self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
   @contextlib.contextmanager
@@ -240,6 +251,7 @@ class Checkpointer:
   def close(self) -> None:
     """Waits, and lets go of the folder."""
     self.wait()
+    self._sweep()
     self._manager.close()
 
   def __enter__(self) -> Self:

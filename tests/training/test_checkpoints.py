@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import pathlib
 import shutil
 import subprocess
@@ -88,6 +89,25 @@ def test_only_the_newest_are_kept(tmp_path, mesh):
       checkpointer.save(make_state().replace(step=np.int32(step)), Counter())
     checkpointer.wait()
     assert checkpointer.all_steps() == [2, 3]
+  assert sorted(path.name for path in (tmp_path / 'checkpoints').iterdir()) == ['2', '3']
+
+
+def test_what_is_half_removed_is_not_seen(tmp_path, mesh, monkeypatch):
+  """As if the process were killed in the middle of it: whatever removes files stops at once."""
+  make_state, _ = prepare(mesh())
+  for module in (shutil, os):
+    for name in ('rmtree', 'unlink', 'remove', 'rmdir'):
+      if hasattr(module, name):
+        monkeypatch.setattr(module, name, lambda *_, **__: None)
+  with sharding.activate(mesh(), RULES), Checkpointer(tmp_path, keep=1) as checkpointer:
+    for step in (1, 2):
+      checkpointer.save(make_state().replace(step=np.int32(step)), Counter())
+    checkpointer.wait()
+    assert checkpointer.all_steps() == [2]
+  monkeypatch.undo()
+  assert sorted(path.name for path in (tmp_path / 'checkpoints').iterdir()) == ['.deleted', '2']
+  with Checkpointer(tmp_path) as checkpointer:
+    assert checkpointer.all_steps() == [2]
 
 
 def test_another_model_is_refused_by_name(tmp_path, mesh):
