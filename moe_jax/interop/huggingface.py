@@ -1,7 +1,7 @@
 """Weights in and out of Hugging Face's safetensors files; see `families` for what becomes of what.
 
-A tensor is read when a device asks for the part of an array that it makes, and never twice by the same one; nothing is
-unpickled.
+A tensor is read when a device asks for its part of the array that it makes, no more of it than that part, and never
+twice by the same one; nothing is unpickled.
 """
 
 import contextlib
@@ -140,10 +140,6 @@ def _theirs(shape: tuple[int, ...], inputs: int | None) -> tuple[int, ...]:
   return (math.prod(shape[inputs:]), math.prod(shape[:inputs])) if inputs else (math.prod(shape),)
 
 
-def _to_ours(x: np.ndarray, shape: tuple[int, ...], inputs: int | None) -> np.ndarray:
-  return (x.T if inputs else x).reshape(shape)
-
-
 def _to_theirs(x: np.ndarray, inputs: int | None) -> np.ndarray:
   there = _theirs(x.shape, inputs)
   return np.ascontiguousarray(x.reshape(there[::-1]).T) if inputs else x.reshape(there)
@@ -199,11 +195,23 @@ def _array(files: Mapping[str, Any], slots: list[Slot], spec: jax.ShapeDtypeStru
     made = np.empty([len(r) for r in ranges], spec.dtype)
     for at in np.ndindex(*made.shape[:leading]):
       tensor = by_index[tuple(ranges[axis][i] for axis, i in enumerate(at))]
-      whole = _to_ours(files[tensor.name].get_tensor(tensor.name), spec.shape[leading:], tensor.inputs)
-      made[at] = whole[index[leading:]].astype(spec.dtype)
+      there = files[tensor.name].get_slice(tensor.name)
+      made[at] = _part(there, spec.shape[leading:], ranges[leading:], tensor.inputs)
     return made
 
   return jax.make_array_from_callback(spec.shape, spec.sharding, part)
+
+
+def _part(tensor: Any, shape: tuple[int, ...], ranges: list[range], inputs: int | None) -> np.ndarray:
+  """The part of an array of ours, of no more of their tensor than the rows and columns that it lies in."""
+  firsts = list(range(len(shape))) if inputs is None else sorted({0, inputs})  # where an axis of theirs begins
+  spans = []
+  for axis, end in zip(firsts, [*firsts[1:], len(shape)], strict=True):
+    inner = math.prod(shape[axis + 1 : end])
+    spans.append(slice(ranges[axis].start * inner, ranges[axis].stop * inner))
+  read = tensor[tuple(spans[::-1])].T if inputs else tensor[tuple(spans)]
+  read = read.reshape([len(ranges[axis]) if axis in firsts else size for axis, size in enumerate(shape)])
+  return read[tuple(slice(None) if axis in firsts else slice(r.start, r.stop) for axis, r in enumerate(ranges))]
 
 
 # ---- Writing --------------------------------------------------------------------------------------------------------
@@ -302,11 +310,12 @@ _IMPORTS = (
   'models import decoder_only',
   'models import stack',
   'moe.routers import top_k',
+  'runs import setup',
 )
 
 
 def gin_text(config: Mapping[str, Any], model_dir: str) -> str:
-  """A gin file of the model, to be given after that of a task."""
+  """A gin file of the model, to be given before or after that of a task."""
   family, names = describe(config)
   ours = {
     name: value
@@ -316,9 +325,11 @@ def gin_text(config: Mapping[str, Any], model_dir: str) -> str:
   if not names['SHARED_MLP_DIM']:
     del ours['SHARED_MLP_DIM']
   includes, bindings = family.gin(names)
+  for reader in ('embeddings.TokenEmbedding', 'setup.Data'):  # whatever a task's file makes of VOCAB_SIZE
+    bindings[f'{reader}.vocab_size'] = str(names['VOCAB_SIZE'])
   files = [*includes, 'dispatchers/auto', 'optimizers/adamw', 'meshes/replicated']
   lines = [
-    f'# {config["model_type"]} as its config.json says. Required: a task, in a file given before this one.',
+    f'# {config["model_type"]} as its config.json says. Required: a task, in a file of its own.',
     'from __gin__ import dynamic_registration',
     '',
     *(f"include 'gin/{file}.gin'" for file in files),

@@ -1,5 +1,6 @@
 """Hugging Face's files and ours. What needs their library is in test_huggingface_parity.py."""
 
+import collections
 import json
 import shutil
 
@@ -8,7 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors
 from flax.traverse_util import flatten_dict
+from hypothesis import given
+from hypothesis import strategies as st
 from ml_dtypes import bfloat16
 from safetensors.numpy import load_file, save_file
 
@@ -20,10 +24,10 @@ from tests.test_run import ROOT, _clean  # noqa: F401
 
 DECODER = {
   'num_hidden_layers': 3, 'hidden_size': 12, 'intermediate_size': 20, 'num_attention_heads': 4, 'head_dim': 6,
-  'num_key_value_heads': 2, 'vocab_size': 384, 'rms_norm_eps': 1e-5, 'rope_theta': 1e4, 'num_experts_per_tok': 2,
+  'num_key_value_heads': 2, 'vocab_size': 400, 'rms_norm_eps': 1e-5, 'rope_theta': 1e4, 'num_experts_per_tok': 2,
 }  # fmt: skip
 T5 = {
-  'num_layers': 2, 'num_decoder_layers': 2, 'd_model': 12, 'd_ff': 20, 'num_heads': 3, 'd_kv': 4, 'vocab_size': 384,
+  'num_layers': 2, 'num_decoder_layers': 2, 'd_model': 12, 'd_ff': 20, 'num_heads': 3, 'd_kv': 4, 'vocab_size': 400,
 }  # fmt: skip
 FINE = {'moe_intermediate_size': 8}
 CONFIGS = {
@@ -75,7 +79,7 @@ def test_there_and_back_is_the_same_to_the_bit(tmp_path, kind, dtype):
   tensors = theirs(tmp_path / 'theirs', kind, dtype)
   model, variables = huggingface.load(tmp_path / 'theirs')
   logits, _ = jax.jit(model.apply, static_argnames='train')(variables, batch(), train=False)
-  assert logits.shape == (2, 8, 384) and np.all(np.isfinite(logits))
+  assert logits.shape == (2, 8, 400) and np.all(np.isfinite(logits))
   config = {**huggingface.read_config(tmp_path / 'theirs'), 'torch_dtype': np.dtype(dtype).name}
   huggingface.save(tmp_path / 'back', variables['params'], config)
   back = load_file(tmp_path / 'back' / 'model.safetensors')
@@ -107,6 +111,57 @@ def test_several_files_go_straight_to_their_devices(tmp_path, monkeypatch):
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(spread), jax.device_get(one))
 
 
+@given(st.data())
+def test_a_part_is_that_of_the_whole(data):
+  """However an array of ours is cut, whichever of its axes are the inputs of theirs."""
+  shape = tuple(data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=4)))
+  inputs = data.draw(st.sampled_from([None, *range(len(shape))]))
+  ranges = [
+    range(start, data.draw(st.integers(start + 1, n))) for n in shape for start in [data.draw(st.integers(0, n - 1))]
+  ]
+  ours = np.arange(np.prod(shape)).reshape(shape)
+  part = huggingface._part(huggingface._to_theirs(ours, inputs), shape, ranges, inputs)
+  np.testing.assert_array_equal(part, ours[np.ix_(*ranges)], strict=True)
+
+
+def test_a_device_reads_its_part_alone(tmp_path, monkeypatch):
+  """Split eight ways, no array of theirs is read more than once in all, unless no axis of it is a multiple of eight."""
+  tensors, read = theirs(tmp_path / 'theirs', 'mixtral'), collections.Counter()
+
+  class Counted:
+    def __init__(self, tensor, name):
+      self.tensor, self.name, self.get_shape = tensor, name, tensor.get_shape
+
+    def __getitem__(self, index):
+      part = self.tensor[index]
+      read[self.name] += part.size
+      return part
+
+  class File:
+    def __init__(self, *args, **options):
+      self.file = safetensors.safe_open(*args, **options)
+
+    def __enter__(self):
+      return self
+
+    def __exit__(self, *_):
+      return None
+
+    def keys(self):
+      return self.file.keys()
+
+    def get_slice(self, name):
+      return Counted(self.file.get_slice(name), name)
+
+  _, one = huggingface.load(tmp_path / 'theirs')
+  monkeypatch.setattr(huggingface, 'safe_open', File)
+  mesh = sharding.make_mesh({'data': 8, 'expert': 1, 'model': 1})
+  _, spread = huggingface.load(tmp_path / 'theirs', mesh)
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(spread), jax.device_get(one))
+  once = {name for name, x in tensors.items() if read[name] == x.size}
+  assert {'model.embed_tokens.weight', 'lm_head.weight'} <= once, read
+
+
 @pytest.mark.parametrize(
   'change, message',
   [
@@ -117,7 +172,7 @@ def test_several_files_go_straight_to_their_devices(tmp_path, monkeypatch):
     ),
     (
       lambda t: t.update({'lm_head.weight': t['lm_head.weight'][:-1]}),
-      r'lm_head.weight has shape \(383, 12\), and config.json makes it \(384, 12\)',
+      r'lm_head.weight has shape \(399, 12\), and config.json makes it \(400, 12\)',
     ),
     (
       lambda t: [t.pop(f'model.layers.{i}.self_attn.q_proj.weight') for i in range(3)] + [t.pop('lm_head.weight')],
@@ -207,7 +262,7 @@ def test_the_command_line_there_and_back(tmp_path, capsys):
   assert (back / 'tokenizer.json').exists() and not (back / 'dtypes.json').exists()
 
   # Other modes take it, training among them.
-  model = ['--gin_file=gin/tasks/local_text_lm.gin', f'--gin_file={ours / "model.gin"}', '--gin.FAKE_DEVICES=8']
+  model = [f'--gin_file={ours / "model.gin"}', '--gin_file=gin/tasks/local_text_lm.gin', '--gin.FAKE_DEVICES=8']
   model += ["--gin.TASK_FEATURE_LENGTHS={'targets': 32}", '--gin.EVAL_STEPS=1']
   gin.clear_config()
   assert run.main(['--debug', '--run_mode=eval', *model]) == 0
