@@ -125,8 +125,8 @@ def train(
   folder, main = open_model_dir(model_dir), jax.process_index() == 0
   objective = data.tell_bytes(objective)
 
-  checkpoints = Checkpointer(folder, keep=checkpoints_to_keep, asynchronous=async_checkpoints)
-  with program.activate(), locked(folder), checkpoints as checkpointer:
+  saving = {'keep': checkpoints_to_keep, 'asynchronous': async_checkpoints}
+  with program.activate(), locked(folder), Checkpointer(folder, **saving) as checkpointer:
     # ---- Begin, or go on --------------------------------------------------------------------------------------------
     batches: SavableIterator = data.batches(program.mesh, 'train')
     if checkpointer.latest_step() is None:

@@ -124,6 +124,8 @@ class Checkpointer:
     try:
       yield
     except (ValueError, OSError, RuntimeError) as error:
+      if jax.process_count() > 1:  # perhaps another host is gone, and that is what to tell of
+        raise
       self._manager.reload()
       whole = self.latest_step()
       safe = f'that of step {whole} is whole' if whole is not None else 'there is none before it'
@@ -171,7 +173,7 @@ class Checkpointer:
     wanted = {key: value for key, value in _as_dict(state_spec).items() if value is not None}
     try:
       saved = self._saved_tree(step)
-      if saved.get('opt_state') is None:  # weights alone
+      if not (self.directory / str(step) / 'data').exists():  # weights alone
         wanted.pop('opt_state', None)
         iterator = None
       self._check_shapes(wanted, saved, step)
