@@ -1,6 +1,7 @@
 """Hugging Face's files and ours. What needs their library is in test_huggingface_parity.py."""
 
 import collections
+import functools
 import json
 import shutil
 
@@ -19,6 +20,10 @@ from safetensors.numpy import load_file, save_file
 import run
 from moe_jax import sharding
 from moe_jax.interop import huggingface
+from moe_jax.layers.context import Context
+from moe_jax.moe.experts import Experts
+from moe_jax.moe.moe_layer import MoELayer
+from moe_jax.moe.routers.top_k import TopKRouter
 from moe_jax.types import ConfigError
 from tests.test_run import ROOT, _clean  # noqa: F401
 
@@ -109,6 +114,24 @@ def test_several_files_go_straight_to_their_devices(tmp_path, monkeypatch):
   experts = spread['params']['stack_0']['blocks']['moe']['experts']['wi_0']
   assert len({str(shard.index) for shard in experts.addressable_shards}) == 4
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(spread), jax.device_get(one))
+
+
+def test_sequences_take_no_slots_of_each_other_in_decoding():
+  """A step of many rows is one group, and yet an expert that has a slot a sequence has room for all."""
+  layer = MoELayer(
+    num_experts=2,
+    group_size=None,
+    router=functools.partial(TopKRouter, num_selected=1, gates='raw', slots=1),
+    experts=functools.partial(Experts, hidden_dim=4, activations=('relu',)),
+  )
+  x = jnp.ones((6, 1, 8))
+  context = Context(jnp.ones((6, 1), 'int32'), jnp.zeros((6, 1), 'int32'), token_count=jnp.float32(6))
+  variables, apply = jax.jit(layer.init)(jax.random.key(0), x, context), jax.jit(layer.apply)
+  y, aux = apply(variables, x, context.replace(cache_length=8))
+  assert aux.metrics['dropped'] == 0 and np.any(y)
+  np.testing.assert_array_equal(y, jnp.broadcast_to(y[:1], y.shape))
+  _, aux = apply(variables, x.swapaxes(0, 1), jax.tree.map(lambda x: x.T, context))
+  assert aux.metrics['dropped'] == pytest.approx(5 / 6)  # of one sequence
 
 
 @given(st.data())

@@ -62,7 +62,8 @@ class Router(nn.Module):
       for the worst case, so that nothing is dropped.
     eval_capacity_factor: the same outside training, where None also sees that no token is dropped for the sake of
       another, and results do not depend on what else is in the batch.
-    slots: per expert and group, in training and outside it, in place of both factors (Hugging Face's Switch).
+    slots: per expert and sequence, in training and outside it, in place of both factors (Hugging Face's Switch).
+      Sequences that share a group, as single tokens do in decoding, pool theirs.
     capacity_rule: see `routing_plan.CAPACITY_RULES`.
   """
 
@@ -100,7 +101,10 @@ class Router(nn.Module):
     self, expert_index: Array, gates: Array, context: RoutingContext, priority: Array | None = None
   ) -> RoutingPlan:
     """Gives slots to choices int32[G, S, K] as far as they go round; those keep their gates float32[G, S, K]."""
-    capacity = self.capacity(expert_index.shape[1], context.train)
+    size = expert_index.shape[1]
+    capacity = self.capacity(size, context.train)
+    if self.slots is not None:
+      capacity = min(size, self.slots * max(1, size // (context.row_length or size)))
     slot_index = assign_slots(expert_index, self.num_experts, context.valid, priority)
     kept = jnp.where(slot_index < capacity, gates, 0.0)
     return RoutingPlan(expert_index, slot_index, kept, self.num_experts, capacity)
