@@ -125,7 +125,7 @@ def train(
   folder, main = open_model_dir(model_dir), jax.process_index() == 0
   objective = data.tell_bytes(objective)
 
-  saving = {'keep': checkpoints_to_keep, 'asynchronous': async_checkpoints}
+  saving: dict[str, Any] = {'keep': checkpoints_to_keep, 'asynchronous': async_checkpoints}
   with program.activate(), locked(folder), Checkpointer(folder, **saving) as checkpointer:
     # ---- Begin, or go on --------------------------------------------------------------------------------------------
     batches: SavableIterator = data.batches(program.mesh, 'train')
