@@ -113,7 +113,7 @@ def check_imports(config: str, search_paths: list[str]) -> None:
   own = [os.path.realpath(path) for path in (*search_paths, str(HERE))]
   for module in set(re.findall(r'^(?:from|import) ([\w.]+)', config, re.MULTILINE)) - {'gin', '__gin__'}:
     top = module.split('.')[0]
-    origin = os.path.realpath(str(getattr(sys.modules.get(top), '__file__', os.sep)))
+    origin = os.path.realpath(str(getattr(sys.modules.get(top), '__file__', None) or os.sep))
     installed = re.search(rf'{os.sep}(site|dist)-packages{os.sep}', origin)
     if top in PACKAGES or (not installed and any(origin.startswith(path + os.sep) for path in own)):
       continue
