@@ -94,6 +94,7 @@ def test_the_door_and_the_tasks():
 def test_tensorflow_is_imported_late():
   for path, tree in {**LIBRARY, **DOOR}.items():
     assert not TENSORFLOW & roots(imports(tree, deep=False)) or str(path) in ABOUT_TENSORFLOW, path
+    assert 't5x' not in roots(imports(tree)) or path.name == 't5x.py', "only T5X's own file imports it"
   others = [path for path in LIBRARY if str(path) not in ABOUT_TENSORFLOW and path.name != '__init__.py']
   modules = ['.'.join(path.with_suffix('').parts) for path in others]
   check = f'import sys, {", ".join(modules)}; print(*{TENSORFLOW} & sys.modules.keys())'
