@@ -78,6 +78,8 @@ def _decoder_names(config: Config, **more: Any) -> Names:
     raise ConfigError('config.json scales its rotary positions (rope_scaling, rope_parameters): not to be converted.')
   unsupported(config, hidden_act=('silu',), attention_bias=(False,), clip_qkv=(None,), use_sliding_window=(False,))
   unsupported(config, partial_rotary_factor=(1.0,), mlp_bias=(False,))
+  if config['num_experts_per_tok'] == 1 and more['GATES'] != 'raw':
+    raise ConfigError('config.json has num_experts_per_tok = 1, of which gates make always 1: not to be converted.')
   heads = config['num_attention_heads']
   return {
     'NUM_LAYERS': config['num_hidden_layers'],

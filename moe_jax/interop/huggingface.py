@@ -32,7 +32,8 @@ INDEX, SINGLE = 'model.safetensors.index.json', 'model.safetensors'
 SHARD_BYTES = 5 * 10**9
 _DTYPES = {'float32': np.float32, 'float16': np.float16, 'bfloat16': ml_dtypes.bfloat16}
 _SAFETENSORS_DTYPES = {'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}
-_COPIES = ('encoder.embed_tokens.weight', 'decoder.embed_tokens.weight')  # of T5's one table, which some files hold
+_TABLE = 'shared.weight'  # of T5 and Switch, of which some files hold copies:
+_COPIES = ('encoder.embed_tokens.weight', 'decoder.embed_tokens.weight')
 
 
 class Slot(NamedTuple):
@@ -173,8 +174,11 @@ def _check(files: Mapping[str, Any], slots: Mapping[str, list[Slot]], spec: Mapp
   }
   if missing := sorted(wanted.keys() - files.keys()):
     raise ConfigError(f'Tensors are missing: {_some(missing)}.')
-  if unused := sorted(files.keys() - wanted.keys() - set(_COPIES)):
+  if unused := sorted(files.keys() - wanted.keys() - (set(_COPIES) if _TABLE in wanted else set())):
     raise ConfigError(f'Tensors are left over, which this model has no use for: {_some(unused)}.')
+  for name in files.keys() & set(_COPIES):
+    if not np.array_equal(files[name].get_tensor(name), files[_TABLE].get_tensor(_TABLE)):
+      raise ConfigError(f'{name} is no copy of {_TABLE}: this model has one table for both sides.')
   for name, shape in wanted.items():
     there = tuple(files[name].get_slice(name).get_shape())
     if there != shape:
@@ -226,7 +230,7 @@ def save(
     folder: gets config.json and model.safetensors, or several of `SHARD_BYTES` and their index.
     params: of the model that `config` describes.
     config: of the family, as config.json has it.
-    dtypes: of tensors by name; others have that of `config`, or float32.
+    dtypes: of all tensors by name; None is that of `config`, or float32.
 
   Raises:
     ConfigError: if the parameters are of another model.
@@ -242,6 +246,7 @@ def save(
   folder.mkdir(parents=True, exist_ok=True)
   (folder / 'config.json').write_text(json.dumps(dict(config), indent=2) + '\n')
 
+  copies = [name for name in _COPIES if (name in dtypes if dtypes else not names['TIED_LOGITS'])]
   shards: list[dict[str, np.ndarray]] = [{}]
   room, sizes = SHARD_BYTES, {}
   files: list[Path] = []
@@ -249,12 +254,13 @@ def save(
     for slot in slots:
       dtype = _DTYPES[(dtypes or {}).get(slot.tensor.name, plain)]
       x = _to_theirs(np.asarray(flat[path][slot.at]), slot.tensor.inputs).astype(dtype)
-      if x.nbytes > room and shards[-1]:
-        files.append(_write(folder, shards[-1], len(files)))
-        shards[-1], room = {}, SHARD_BYTES
-      shards[-1][slot.tensor.name] = x
-      sizes[slot.tensor.name] = (len(files), x.nbytes)
-      room -= x.nbytes
+      for name in (slot.tensor.name, *(copies if slot.tensor.name == _TABLE else ())):
+        if x.nbytes > room and shards[-1]:
+          files.append(_write(folder, shards[-1], len(files)))
+          shards[-1], room = {}, SHARD_BYTES
+        shards[-1][name] = x
+        sizes[name] = (len(files), x.nbytes)
+        room -= x.nbytes
   files.append(_write(folder, shards[-1], len(files)))
   if len(files) == 1:
     files[0].rename(folder / SINGLE)
@@ -279,7 +285,7 @@ def _write(folder: Path, tensors: dict[str, np.ndarray], number: int) -> Path:
 def dtypes_of(folder: str | Path) -> dict[str, str]:
   """Tensor name -> dtype of a model's files."""
   with _opened(Path(folder)) as files:
-    found = {name: file.get_slice(name).get_dtype() for name, file in files.items() if name not in _COPIES}
+    found = {name: file.get_slice(name).get_dtype() for name, file in files.items()}
   if odd := sorted(name for name, dtype in found.items() if dtype not in _SAFETENSORS_DTYPES):
     raise ConfigError(f'{odd[0]} has dtype {found[odd[0]]}: {", ".join(_DTYPES)} can be converted.')
   return {name: _SAFETENSORS_DTYPES[dtype] for name, dtype in found.items()}

@@ -88,7 +88,7 @@ def test_there_and_back_is_the_same_to_the_bit(tmp_path, kind, dtype):
   config = {**huggingface.read_config(tmp_path / 'theirs'), 'torch_dtype': np.dtype(dtype).name}
   huggingface.save(tmp_path / 'back', variables['params'], config)
   back = load_file(tmp_path / 'back' / 'model.safetensors')
-  assert back.keys() == tensors.keys()
+  assert back.keys() - set(huggingface._COPIES) == tensors.keys()
   for name, x in tensors.items():
     assert back[name].dtype == dtype and back[name].tobytes() == x.tobytes(), name
 
@@ -217,6 +217,7 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, change, message):
     ('mixtral', {'model_type': 'gpt2'}, "model_type = 'gpt2': choose among mixtral"),
     ('mixtral', {'hidden_act': 'gelu'}, "hidden_act = 'gelu'"),
     ('mixtral', {'sliding_window': 4096}, 'sliding_window = 4096'),
+    ('mixtral', {'num_experts_per_tok': 1}, 'num_experts_per_tok = 1'),
     ('mixtral', {'rope_scaling': {'type': 'yarn'}}, 'rope_scaling'),
     ('mixtral', {'rope_parameters': {'rope_type': 'llama3', 'rope_theta': 1.0}}, 'rope_parameters'),
     ('olmoe', {'clip_qkv': 8.0}, 'clip_qkv = 8.0'),
@@ -234,6 +235,25 @@ def test_what_cannot_be_converted_is_said(tmp_path, kind, change, message):
   with pytest.raises(ConfigError, match=message) as error:
     huggingface.load(tmp_path / 'theirs')
   assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('kind', ['t5', 'switch_transformers'])
+def test_copies_of_the_table_are_copies_and_come_back(tmp_path, kind):
+  config = {**described(kind)[0], 'tie_word_embeddings': False}
+  tensors = theirs(tmp_path / 'theirs', kind)
+  tensors |= {f'{side}.embed_tokens.weight': tensors['shared.weight'] for side in ('encoder', 'decoder')}
+  tensors['lm_head.weight'] = tensors['shared.weight'] + 1
+  (tmp_path / 'theirs' / 'config.json').write_text(json.dumps(config))
+  save_file(tensors, tmp_path / 'theirs' / 'model.safetensors')
+  _, variables = huggingface.load(tmp_path / 'theirs')
+  for dtypes in (None, huggingface.dtypes_of(tmp_path / 'theirs')):
+    huggingface.save(tmp_path / 'back', variables['params'], config, dtypes)
+    back = load_file(tmp_path / 'back' / 'model.safetensors')
+    assert back.keys() == tensors.keys() and all(back[name].tobytes() == x.tobytes() for name, x in tensors.items())
+  tensors['decoder.embed_tokens.weight'] = tensors['lm_head.weight']
+  save_file(tensors, tmp_path / 'theirs' / 'model.safetensors')
+  with pytest.raises(ConfigError, match=r'decoder\.embed_tokens\.weight is no copy of shared\.weight'):
+    huggingface.load(tmp_path / 'theirs')
 
 
 def test_no_model_there(tmp_path):
