@@ -2,6 +2,7 @@
 
 Bytes are 359 ids: 0 padding, 1 EOS, 2 unknown, 256 bytes, and a hundred sentinels last. T5's SentencePiece is 32,000
 pieces and the same hundred sentinels, so --gin.VOCAB_SIZE=32128; `tasks/train_vocabulary.py` makes one of your text.
+Models that were trained without sentinels, such as Mixtral of 32,000 ids, want VOCABULARY_SENTINELS=0.
 """
 
 import os
@@ -10,7 +11,7 @@ import seqio
 
 from moe_jax.types import ConfigError
 
-SENTINELS = 100
+SENTINELS = int(os.environ.get('VOCABULARY_SENTINELS', '100'))
 
 
 def vocabulary(path: str | None = None) -> seqio.Vocabulary:
