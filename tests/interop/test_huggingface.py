@@ -321,7 +321,7 @@ def test_the_command_line_there_and_back(tmp_path, capsys):
     (['--from=hf', f'--path={tmp_path}', f"--gin.MODEL_DIR='{tmp_path / 'x'}'"], 'config.json cannot be read'),
     (there[1:], 'has checkpoints already'),
     (['--from=onnx', '--path=x', "--gin.MODEL_DIR='x'"], 'No --from=onnx: choose among hf'),
-    (['--path=x', "--gin.MODEL_DIR='x'"], 'either --from=hf or --to=hf'),
+    (['--path=x', "--gin.MODEL_DIR='x'"], 'either --from or --to: hf'),
   ]:
     gin.clear_config()
     assert run.main(['--run_mode=convert', *wrong]) == 1
