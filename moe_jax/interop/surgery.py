@@ -21,6 +21,7 @@ from moe_jax.types import Array, ConfigError
 
 PyTree = Any
 Flat = Mapping[str, Array]
+_LAYER = re.compile(r'(.*?)blocks(?:_(\d+))?/([^/]+)/(.+)')  # stack, block if not stacked, sublayer, rest
 
 
 class Place(NamedTuple):
@@ -45,7 +46,7 @@ class _Address(NamedTuple):
 
 def places(flat: Flat) -> dict[Place, _Address]:
   """Where each array of a model stands, stacks taken apart; `models.stack.interleaved_stack` makes the names."""
-  inside = {path: re.fullmatch(r'(.*?)blocks(?:_(\d+))?/([^/]+)/(.+)', path) for path in flat}
+  inside = {path: _LAYER.fullmatch(path) for path in flat}
   dense: dict[str, set[int]] = collections.defaultdict(set)  # stack -> which layers of its pattern have an 'mlp_i'
   period: dict[str, int] = collections.defaultdict(lambda: 1)
   for found in inside.values():
@@ -140,7 +141,7 @@ def upcycle(saved: PyTree, fresh: PyTree, noise: float = 0.0, seed: int = 0) -> 
       value = read(place._replace(sublayer='mlp_norm'))
     elif place.sublayer == 'moe' and place.rest.startswith('experts/'):
       value = read(place._replace(sublayer='mlp', rest=place.rest.removeprefix('experts/')))
-      if value is not None:
+      if value is not None and new.ndim > value.ndim:  # else it is an optimizer's count
         value = jnp.broadcast_to(value, (new.shape[0], *value.shape))
         if noise:
           key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(str(place).encode()))
@@ -154,6 +155,48 @@ def upcycle(saved: PyTree, fresh: PyTree, noise: float = 0.0, seed: int = 0) -> 
   upcycled = rebuilt(fresh, choose)
   read.check_all_read()
   return upcycled
+
+
+def upcycle_optimizer(saved: PyTree, fresh: PyTree) -> PyTree:
+  """The optimizer's state of an upcycled model: experts begin with the dense layer's statistics, routers with none.
+
+  Of our Adafactor and AdamW, and of whatever keeps arrays under the names of parameters; counts of steps go on. This
+  helped Komatsuzaki et al. (2022) on images; on text they began anew.
+
+  Args:
+    saved: state of the dense model's optimizer.
+    fresh: first state of the sparse model's, the same optimizer.
+
+  Raises:
+    ConfigError: if optimizers differ, or as `upcycle`.
+  """
+  counts = {path for path, x in _by_name(fresh).items() if jnp.ndim(x) == 0}
+  before, after = (_per_layer(_by_name(tree)) for tree in (saved, fresh))
+  loose = [{path for path in flat if not _LAYER.fullmatch(path)} for flat in (before, after)]
+  if differing := sorted(loose[0] ^ loose[1]):
+    raise ConfigError(f'Only one of the two optimizers has {differing[0]}: train with the OPTIMIZER that was saved.')
+  made = flatten_dict(upcycle(unflatten_dict(before, sep='/'), unflatten_dict(after, sep='/')), sep='/')
+  values = [made[path].reshape(-1)[0] if path in counts else made[path] for path in _by_name(fresh)]
+  return jax.tree.unflatten(jax.tree.structure(fresh), values)
+
+
+def _by_name(tree: PyTree) -> dict[str, Array]:
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {jax.tree_util.keystr(path, simple=True, separator='/'): x for path, x in leaves}
+
+
+def _per_layer(flat: Flat) -> dict[str, Array]:
+  """Repeats the one count of a stacked parameter for each of its layers, so that it has places as arrays do."""
+  repeats: dict[str, int] = {}
+  for path, x in flat.items():
+    if (found := _LAYER.fullmatch(path)) and found[2] is None and jnp.ndim(x):
+      repeats[found[1]] = x.shape[0]
+
+  def spread(path: str, x: Array) -> Array:
+    found = _LAYER.fullmatch(path)
+    return jnp.broadcast_to(x, repeats[found[1]]) if found and found[2] is None and not jnp.ndim(x) else x
+
+  return {path: spread(path, x) for path, x in flat.items()}
 
 
 def shared_start(saved: PyTree, fresh: PyTree) -> PyTree:
@@ -173,7 +216,13 @@ def shared_start(saved: PyTree, fresh: PyTree) -> PyTree:
   return rebuilt(fresh, choose)
 
 
-def prune(saved: PyTree, fresh: PyTree, loads: Mapping[str, Array] | None = None, seed: int | None = None) -> PyTree:
+def prune(
+  saved: PyTree,
+  fresh: PyTree,
+  loads: Mapping[str, Array] | None = None,
+  seed: int | None = None,
+  keep: Mapping[str, Sequence[Sequence[int]]] | None = None,
+) -> PyTree:
   """Keeps as many experts of each layer as the new model has, and the router's weights for them (Kim et al. 2021).
 
   Args:
@@ -181,12 +230,18 @@ def prune(saved: PyTree, fresh: PyTree, loads: Mapping[str, Array] | None = None
     fresh: of the one with fewer.
     loads: as of `measured_loads`: the most used are kept.
     seed: keeps experts drawn at random instead. With neither, the first are kept.
+    keep: keeps these instead: stack, such as 'decoder/' -> the experts' numbers for each sparse layer.
 
   Raises:
-    ConfigError: if the new model has more experts, or differs otherwise.
+    ConfigError: if the new model has more experts, or differs otherwise; if `keep` names too few, or one twice.
   """
 
   def kept(place: Place, sparse: int, before: int, after: int) -> Array:
+    if keep is not None:
+      chosen = list(keep[place.stack][sparse])
+      if len(set(chosen) & set(range(before))) != after or len(chosen) != after:
+        raise ConfigError(f'keep={chosen} of {place}: name {after} different experts of 0 to {before - 1}.')
+      return jnp.asarray(chosen)
     if seed is not None:
       key = jax.random.fold_in(jax.random.key(seed), place.layer)
       return jnp.sort(jax.random.permutation(key, before)[:after])

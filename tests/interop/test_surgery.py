@@ -7,13 +7,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from moe_jax.interop import surgery
 from moe_jax.moe.experts import Experts
 from moe_jax.moe.moe_layer import MoELayer
 from moe_jax.moe.routers.top_k import TopKRouter
+from moe_jax.training import optimizers
+from moe_jax.training.state import Names
 from moe_jax.types import ConfigError
 from tests import tiny
 
@@ -54,6 +57,52 @@ def test_an_upcycled_model_computes_what_the_dense_one_did(monkeypatch, kind, ev
   for path, x in routers.items():
     np.testing.assert_array_equal(x, flatten_dict(fresh, sep='/')[path])
   assert routers
+
+
+@pytest.mark.parametrize('scan', [True, False])
+@pytest.mark.parametrize('name', ['adafactor', 'adamw'])
+def test_optimizer_state_is_upcycled_too(name, scan):
+  """With the dense statistics, and the dense gradient on each expert, every copy takes the dense layer's own step."""
+  make = functools.partial(getattr(optimizers, name), learning_rate=optimizers.constant(0.01), clip_norm=None)
+
+  def axes(tree):
+    stacked = {'moe': ('layers', 'expert')} if scan else {'moe': ('expert',)}
+    other = ('layers',) if scan else ()
+    flat = flatten_dict(tree, sep='/')
+    names = {path: stacked.get(path.split('/')[1], other) if 'router' not in path else other for path in flat}
+    return unflatten_dict({p: Names((*n, *(None,) * (flat[p].ndim - len(n)))) for p, n in names.items()}, sep='/')
+
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+  if scan:
+    dense = {'blocks': {'mlp': {'wo': draw(4, 130, 140)}, 'attention': {'query': draw(4, 5)}}}
+    sparse = {f'attention_{i}': {'query': draw(2, 5)} for i in range(2)}
+    sparse |= {'mlp_0': {'wo': draw(2, 130, 140)}, 'moe': {'experts': {'wo': draw(2, 3, 130, 140)}}}
+    sparse['moe']['router'] = {'kernel': draw(2, 5, 3)}
+    sparse = {'blocks': sparse}
+  else:
+    dense = {f'blocks_{i}': {'mlp': {'wo': draw(130, 140)}} for i in range(2)}
+    sparse = {
+      f'blocks_{i}': {'moe': {'experts': {'wo': draw(3, 130, 140)}, 'router': {'k': draw(5, 3)}}} for i in (0, 1)
+    }
+  fresh_params, old, new = sparse, make(axes(dense)), make(axes(sparse))
+  gradient = jax.tree.map(lambda x: draw(*x.shape), dense)
+  state = old.init(dense)
+  for _ in range(3):
+    _, state = old.update(jax.tree.map(lambda x: draw(*x.shape), dense), state, dense)
+  params = surgery.upcycle(dense, fresh_params)
+  carried, first = surgery.upcycle_optimizer(state, new.init(params)), new.init(params)
+  assert jax.tree.map(jnp.shape, carried) == jax.tree.map(jnp.shape, first)
+  expected, _ = old.update(gradient, state, dense)
+  copied = surgery.upcycle(gradient, jax.tree.map(jnp.zeros_like, params))
+  wanted = surgery.upcycle(expected, jax.tree.map(jnp.zeros_like, params))
+  for begun, same in ((carried, True), (first, False)):
+    got, _ = new.update(copied, begun, params)
+    for path, x in flatten_dict(got, sep='/').items():
+      if 'router' not in path:
+        assert np.allclose(x, flatten_dict(wanted, sep='/')[path], rtol=1e-5, atol=1e-9) == same
+  with pytest.raises(ConfigError, match='Only one of the two optimizers has'):
+    surgery.upcycle_optimizer(optax.sgd(0.1, momentum=0.9).init(dense), (optax.adam(0.1).init(params),))
 
 
 def test_noise_tells_experts_apart(monkeypatch):
@@ -106,6 +155,28 @@ def test_pruning_keeps_the_most_used_and_their_routing(monkeypatch, scan):
   random = surgery.prune(params, fresh, seed=3)
   assert jax.tree.map(jnp.shape, random) == jax.tree.map(jnp.shape, fresh)
   assert np.all(np.isfinite(fewer_output(random)))
+
+
+def test_pruning_to_the_experts_that_have_all_traffic_changes_nothing(monkeypatch):
+  """Of router columns a, -a, b, -b two are positive for any token, so that columns of 0 are never of the best two."""
+  params, output = init(tiny.decoder_only(router=ROOMY), 'decoder_only')
+  kept = [[6, 1, 4, 3], [0, 7, 2, 5]]
+  router = params['stack_0']['blocks']['moe']['router']
+  ((path, columns),) = flatten_dict(router).items()
+  planted = np.zeros_like(columns)
+  for layer, experts in enumerate(kept):
+    for at, expert in enumerate(experts):
+      planted[layer, :, expert] = columns[layer, :, at // 2] * (-1) ** at
+  params['stack_0']['blocks']['moe']['router'] = unflatten_dict({path: planted})
+  sized(monkeypatch, experts=4, hidden=32)
+  fresh, fewer_output = init(tiny.decoder_only(router=ROOMY), 'decoder_only')
+  pruned = surgery.prune(params, fresh, keep={'stack_0/': kept})
+  np.testing.assert_allclose(fewer_output(pruned), output(params), atol=1e-5)
+  first = surgery.prune(params, fresh)
+  assert np.abs(fewer_output(first) - output(params)).max() > 1e-3
+  for wrong in ([[0, 1, 2, 2]] * 2, [[0, 1, 2]] * 2, [[0, 1, 2, 8]] * 2):
+    with pytest.raises(ConfigError, match='name 4 different experts of 0 to 7'):
+      surgery.prune(params, fresh, keep={'stack_0/': wrong})
 
 
 def test_equal_experts_merge_to_themselves(monkeypatch):
