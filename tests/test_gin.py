@@ -30,11 +30,30 @@ def test_experiments_build_and_trace(experiment):
   assert run.main(['--debug', '--dry_run', f'--gin_file={experiment}']) == 0
 
 
-@pytest.mark.parametrize('experiment', EXPERIMENTS, ids=lambda path: path.stem)
+SAME_BUT_FOR_SIZE = {  # experiment -> one that is the same at toy size, and stands for it
+  **dict.fromkeys(['glam_1_7b_64e', 'glam_8b_64e', 'glam_64b_64e'], 'glam_0_1b_64e'),
+  'st_moe_l': 'st_moe_32b',
+  'switch_large': 'switch_base',
+}
+
+
+def toy(name):
+  """The configuration of an experiment at toy size, as gin has it, but for what a step does not depend on."""
+  gin.clear_config()
+  run.parse_gin('train', [f'gin/experiments/{name}.gin', 'tests/toy.gin'], [], ['.'])
+  loop = r'(MODEL_DIR|EVAL_\w+|CHECKPOINT_\w+|LEARNING_RATE|WARMUP_STEPS|TASK_FEATURE_LENGTHS) = .*\n'
+  return re.sub(loop, '', re.sub(r'^#.*\n', '', gin.config_str(), flags=re.MULTILINE))
+
+
+@pytest.mark.parametrize('experiment', SAME_BUT_FOR_SIZE)
+def test_some_experiments_differ_in_size_alone(experiment):
+  assert toy(experiment) == toy(SAME_BUT_FOR_SIZE[experiment])
+
+
+@pytest.mark.parametrize('experiment', [path.stem for path in EXPERIMENTS if path.stem not in SAME_BUT_FOR_SIZE])
 def test_every_experiment_takes_a_step_at_toy_size(experiment):
   """All that a file says but its sizes, on eight devices: two steps, and a loss of about that of a guess."""
-  files = [str(experiment.relative_to(ROOT)), 'tests/toy.gin']
-  run.parse_gin('train', files, [], ['.'])
+  toy(experiment)
   bound = gin.get_bindings(train)
   lengths = {'targets': 32} | ({'inputs': 32} if bound['data'].converter == 'encoder_decoder' else {})
   data = dataclasses.replace(bound['data'], lengths=lengths)

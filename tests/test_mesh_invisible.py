@@ -67,8 +67,7 @@ def assert_same(actual: Any, expected: Any) -> None:
     assert error <= 1e-5, f'{jax.tree_util.keystr(path)}: relative error {error}'
 
 
-@pytest.mark.parametrize('microbatches', [1, 4])
-@pytest.mark.parametrize('dispatcher', DISPATCHERS)
+@pytest.mark.parametrize('dispatcher, microbatches', [('einsum', 1), ('all_to_all', 4)])
 @pytest.mark.parametrize('shape', MESHES)
 def test_decoder_only(mesh, shape, dispatcher, microbatches):
   options = {'dispatcher': DISPATCHERS[dispatcher]}
@@ -102,8 +101,7 @@ def test_encoder_decoder(mesh, shape, rules):
   assert_same(actual, reference('encoder_decoder'))
 
 
-@pytest.mark.parametrize('microbatches', [1, 4])
-@pytest.mark.parametrize('dispatcher', DISPATCHERS)
+@pytest.mark.parametrize('dispatcher, microbatches', [('einsum', 4), ('all_to_all', 1)])
 @pytest.mark.parametrize('shape', [(1, 1, 1), (2, 2, 2)])
 def test_unrolled_equals_scanned(mesh, shape, dispatcher, microbatches):
   stacked = initial('decoder_only')

@@ -244,8 +244,7 @@ with sharding.activate(mesh, RULES):
     assert checkpointer.all_steps() == [0]
 
 
-@pytest.mark.parametrize('shape', [(1, 1, 1), (2, 2, 1), (1, 8, 1)])
-def test_a_resume_on_another_mesh_has_the_same_next_losses(tmp_path, mesh, shape):
+def test_a_resume_on_another_mesh_has_the_same_next_losses(tmp_path, mesh):
   objective = LanguageModeling(tiny.decoder_only(router=BiasBalancedRouter))
   spec = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in tiny.batch().items()}
 
@@ -262,4 +261,5 @@ def test_a_resume_on_another_mesh_has_the_same_next_losses(tmp_path, mesh, shape
         yield float(metrics['loss'])
 
   expected = list(losses(mesh(1, 4, 1), False, range(4)))[2:]
-  assert list(losses(mesh(*shape), True, [2, 3])) == pytest.approx(expected, rel=1e-6)
+  for shape in [(1, 1, 1), (2, 2, 1), (1, 8, 1)]:
+    assert list(losses(mesh(*shape), True, [2, 3])) == pytest.approx(expected, rel=1e-6)
