@@ -62,10 +62,15 @@ def add_twins() -> None:
     )
   for name in sorted(seqio.MixtureRegistry.names()):
     mixture = seqio.MixtureRegistry.get(name)
-    twins = [(f'{task.name}{SUFFIX}', mixture.get_rate(task)) for task in mixture.tasks]
-    known = seqio.TaskRegistry.names()
-    if all(twin in known for twin, _ in twins) and f'{name}{SUFFIX}' not in seqio.MixtureRegistry.names():
-      seqio.MixtureRegistry.add(f'{name}{SUFFIX}', twins)
+    twins = {f'{task.name}{SUFFIX}': task for task in mixture.tasks}
+    if twins.keys() <= seqio.TaskRegistry.names() and f'{name}{SUFFIX}' not in seqio.MixtureRegistry.names():
+      # Rates are asked for when they are needed, since some count examples.
+      rates = [(twin, functools.partial(_rate, mixture=mixture, task=task)) for twin, task in twins.items()]
+      seqio.MixtureRegistry.add(f'{name}{SUFFIX}', rates)
+
+
+def _rate(twin: seqio.Task, mixture: seqio.Mixture, task: seqio.Task) -> float:
+  return mixture.get_rate(task)
 
 
 add_twins()
