@@ -83,10 +83,6 @@ class LanguageModeling:
       metrics['target_bytes'] = jnp.sum(lengths[targets] * weights)
     if train:
       loss = self.smoothed(loss, logits, weights, count)
-      if 'teacher_logits' in batch:
-        soft = divergence(logits, batch['teacher_logits'], self.soft_temperature)
-        metrics['teacher_divergence'] = jnp.sum(soft * weights) / count
-        loss = self.hard_weight * loss + self.soft_weight * metrics['teacher_divergence']
       if self.consistency:
         other_rngs = {name: jax.random.fold_in(key, 1) for name, key in (rngs or {}).items()}
         (others, _), _ = self.model.apply(variables, batch, train=True, rngs=other_rngs, mutable=[STATE])
@@ -94,6 +90,10 @@ class LanguageModeling:
         others_loss = self.smoothed(jnp.sum(others_cross_entropy * weights) / count, others, weights, count)
         metrics['inconsistency'] = jnp.sum(symmetric_kl(logits, others) * weights) / count
         loss += others_loss + self.consistency * metrics['inconsistency']
+      if 'teacher_logits' in batch:
+        soft = divergence(logits, batch['teacher_logits'], self.soft_temperature)
+        metrics['teacher_divergence'] = jnp.sum(soft * weights) / count
+        loss = self.hard_weight * loss + self.soft_weight * metrics['teacher_divergence']
       auxiliary = self.aux_loss_scale * total_loss(aux)
       auxiliary += _reinforced(aux, jax.lax.stop_gradient(cross_entropy), weights)
       metrics |= {'aux_loss': auxiliary, **{f'loss/{key}': value for key, value in aux.losses.items()}}

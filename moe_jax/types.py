@@ -30,6 +30,11 @@ class Damaged(ConfigError):
   """What was saved is not what is read."""
 
 
+def path_name(path: Any) -> str:
+  """The place of a leaf in a tree, as JAX has it, in words: 'decoder/blocks/moe/experts/wo'."""
+  return jax.tree_util.keystr(path, simple=True, separator='/')
+
+
 def one_of(**choices: tuple[Any, Any]) -> None:
   """Raises ConfigError, naming the first of `name=(value, Literal[...])` whose value is none of the literals."""
   for name, (value, literals) in choices.items():

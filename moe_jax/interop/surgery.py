@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from moe_jax.types import Array, ConfigError
+from moe_jax.types import Array, ConfigError, path_name
 
 PyTree = Any
 Flat = Mapping[str, Array]
@@ -182,7 +182,7 @@ def upcycle_optimizer(saved: PyTree, fresh: PyTree) -> PyTree:
 
 def _by_name(tree: PyTree) -> dict[str, Array]:
   leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {jax.tree_util.keystr(path, simple=True, separator='/'): x for path, x in leaves}
+  return {path_name(path): x for path, x in leaves}
 
 
 def _per_layer(flat: Flat) -> dict[str, Array]:

@@ -74,7 +74,7 @@ def to_hugging_face(model_dir: str, devices: Devices, path: str) -> Path:
     raise ConfigError(f'{origin} has no config.json: copy {ORIGIN}/ from the MODEL_DIR that it was trained from.')
   mesh = devices.make_mesh()
   with Checkpointer(folder, read_only=True) as checkpointer:
-    spec = jax.tree.map(lambda x: sharding.spread(mesh, x), checkpointer.parameters(step))
+    spec = jax.tree.map(lambda x: sharding.spread(mesh, x), checkpointer.weights(step).params)
     number = sharding.spread(mesh, jax.ShapeDtypeStruct((), jnp.int32))
     state = checkpointer.restore(TrainState(number, spec, None, None), step=step)  # type: ignore[arg-type]
   huggingface.save_with_origin(path, state.params, origin)

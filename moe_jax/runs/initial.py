@@ -58,7 +58,7 @@ class Initial:
     spec = dataclasses.replace(program.state_spec, opt_state=None)
     with Checkpointer(folder, read_only=True) as checkpointer:
       if self.transform:
-        saved = jax.tree.map(lambda x: sharding.spread(program.mesh, x), checkpointer.parameters(step))
+        saved = jax.tree.map(lambda x: sharding.spread(program.mesh, x), checkpointer.weights(step).params)
         spec = dataclasses.replace(spec, params=saved, variables=None)
       return checkpointer.restore(spec, step=step)
 

@@ -14,7 +14,7 @@ from absl import logging
 from moe_jax.notices import notice
 from moe_jax.training.fingerprints import fingerprints
 from moe_jax.training.state import TrainState
-from moe_jax.types import Batch, ConfigError, Damaged
+from moe_jax.types import Batch, ConfigError, Damaged, path_name
 
 PyTree = Any
 _DELETED = '.deleted'  # in checkpoints/, on their way out
@@ -195,14 +195,6 @@ class Checkpointer:
     logging.info('Restored step %d from %s', step, self.directory)
     return dataclasses.replace(state_spec, **{'opt_state': None, **restored['state']})
 
-  def parameters(self, step: int | None = None) -> PyTree:
-    """Shapes and types of the parameters that were saved, as jax.ShapeDtypeStructs.
-
-    Raises:
-      Damaged: if they cannot be read.
-    """
-    return self.weights(step).params
-
   def weights(self, step: int | None = None) -> TrainState:
     """Shapes and types of all that was saved but the optimizer's part, as jax.ShapeDtypeStructs.
 
@@ -276,8 +268,4 @@ def _reason(error: Exception) -> str:
 
 def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
   leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, 'shape'))
-  return {
-    jax.tree_util.keystr(path, simple=True, separator='/'): tuple(leaf.shape)
-    for path, leaf in leaves
-    if hasattr(leaf, 'shape')
-  }
+  return {path_name(path): tuple(leaf.shape) for path, leaf in leaves if hasattr(leaf, 'shape')}

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.types import Array
+from moe_jax.types import Array, path_name
 
 PyTree = Any
 _ODD = 2654435769  # 2^32 over the golden ratio: neighbouring places get unlike weights
@@ -21,7 +21,7 @@ def fingerprints(tree: PyTree) -> dict[str, Array]:
   gives the same. Call it under `jax.jit`.
   """
   leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {jax.tree_util.keystr(path, simple=True, separator='/'): fingerprint(leaf) for path, leaf in leaves}
+  return {path_name(path): fingerprint(leaf) for path, leaf in leaves}
 
 
 def fingerprint(x: Array) -> Array:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from moe_jax.types import Array, ConfigError
+from moe_jax.types import Array, ConfigError, path_name
 
 PyTree = Any
 Schedule = Callable[[Array], Array]
@@ -128,7 +128,7 @@ def trainable_mask(tree: PyTree, patterns: Sequence[str]) -> PyTree:
   Raises:
     ConfigError: if a pattern is found in no path.
   """
-  paths = jax.tree_util.tree_map_with_path(lambda path, _: _slashed(path), tree, is_leaf=_is_names)
+  paths = jax.tree_util.tree_map_with_path(lambda path, _: path_name(path), tree, is_leaf=_is_names)
   every = jax.tree.leaves(paths)
   for pattern in patterns:
     try:
@@ -139,10 +139,6 @@ def trainable_mask(tree: PyTree, patterns: Sequence[str]) -> PyTree:
       near = difflib.get_close_matches(pattern, every, n=1, cutoff=0)
       raise ConfigError(f'TRAINABLE: no parameter has {pattern!r} in its path; one is {"".join(near)}.')
   return jax.tree.map(lambda path: not patterns or any(re.search(pattern, path) for pattern in patterns), paths)
-
-
-def _slashed(path: Any) -> str:
-  return jax.tree_util.keystr(path, simple=True, separator='/')
 
 
 class SkipState(NamedTuple):

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe_jax import sharding
 from moe_jax.objectives import Objective
-from moe_jax.types import Array, ConfigError
+from moe_jax.types import Array, ConfigError, path_name
 
 PyTree = Any
 # An optimizer is told the logical axis names of each parameter: some treat layers and experts as separate matrices.
@@ -97,7 +97,7 @@ def _shardings(shapes: PyTree, names: PyTree, mesh: Mesh) -> PyTree:
     try:
       placed.shard_shape(shape.shape)
     except ValueError:
-      _explain(jax.tree_util.keystr(path, simple=True, separator='/'), shape.shape, axes, placed)
+      _explain(path_name(path), shape.shape, axes, placed)
     return placed
 
   return jax.tree_util.tree_map_with_path(place, shapes, names)
