@@ -4,6 +4,7 @@ Gin lives here and nowhere else. Files compose in the order given, `--gin.NAME=V
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import importlib
@@ -31,6 +32,7 @@ MODES = {  # mode -> module:function
   'infer': 'moe_jax.runs.infer:infer',
   'plan': 'moe_jax.runs.plan:plan',
   'convert': 'moe_jax.runs.convert:convert',
+  'sweep': 'moe_jax.runs.sweep:sweep',
   'report': 'moe_jax.runs.report:report',
 }
 PACKAGES = ('moe_jax', 'tasks', 'jax', 'flax', 'optax', 'seqio', 't5x')  # whose functions gin may name
@@ -61,6 +63,13 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
   parser.add_argument('--prompt', action='append', help='infer: a text to continue, instead of the task')
   parser.add_argument('--model_dirs', nargs='+', help='report: the runs to compare')
   parser.add_argument('--routers', action='store_true', help='report: a picture of who goes where, for each router')
+  parser.add_argument('--sweep', action='append', default=[], help='sweep: an axis, "NUM_EXPERTS=[4,8,16]"')
+  parser.add_argument(
+    '--sweep_gin', action='append', default=[], help='sweep: an axis of gin files, "gin/routers/*.gin"'
+  )
+  parser.add_argument('--hold', default='flops', help='sweep: what runs have alike: flops, parameters, time, steps')
+  parser.add_argument('--jobs', type=int, default=1, help='sweep: runs at a time')
+  parser.add_argument('--commands', help='sweep: write the command lines there, - prints them, and run nothing')
   parser.add_argument('--output', help='infer, report: where to write')
   parser.add_argument('--profile_steps', help='train: FIRST:LAST, steps to trace with the profiler')
   parser.add_argument('--distributed', action='store_true', help='one process of several, on Cloud TPU, SLURM or MPI')
@@ -220,6 +229,9 @@ def run(flags: argparse.Namespace, bindings: list[str]) -> None:
     raise ConfigError('--search goes with --run_mode=plan.')
   if flags.teacher and flags.run_mode != 'train':
     raise ConfigError('--teacher goes with --run_mode=train.')
+  if flags.run_mode == 'sweep':
+    run_sweep(flags, bindings)
+    return
   parse_gin(flags.run_mode, flags.gin_file, bindings, flags.gin_search_paths.split(','))
   learned_from = load_teacher(flags, bindings) if flags.teacher else None
   given = {'dry_run': flags.dry_run or None, 'prompts': flags.prompt, 'output': flags.output}
@@ -271,6 +283,39 @@ def search_plans(flags: argparse.Namespace, bindings: list[str], first: dict[str
   (model_dir / 'search.json').write_text(json.dumps(ranked, indent=2))
   plan_page.show_search(ranked)
   print(f'search: {model_dir / "search.json"}')
+
+
+def run_sweep(flags: argparse.Namespace, bindings: list[str]) -> None:
+  """Trains the experiment under many overrides. Sizes are told here, each under its own configuration."""
+  from moe_jax.runs import sweep, sweep_grid, train
+
+  def split(overrides: Mapping[str, Any]) -> tuple[list[str], list[str]]:  # gin files, bindings
+    files = [overrides[sweep_grid.FILE]] if sweep_grid.FILE in overrides else []
+    return [*flags.gin_file, *files], [f'{k} = {v!r}' for k, v in overrides.items() if k != sweep_grid.FILE]
+
+  def configure(overrides: Mapping[str, Any]) -> str:
+    gin.clear_config()
+    files, more = split(overrides)
+    parse_gin('train', files, [*bindings, *more], flags.gin_search_paths.split(','))
+    return gin.config_str()
+
+  def size(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    configure(overrides)
+    with contextlib.redirect_stdout(None):
+      sizes = gin.get_configurable(train.train)(dry_run=True)
+    return {**sizes, 'train_steps': gin.query_parameter('%TRAIN_STEPS')}
+
+  def command(overrides: Mapping[str, Any]) -> list[str]:
+    files, more = split(overrides)
+    options = [f'--gin_file={path}' for path in files]
+    options += ['--gin.' + binding.replace(' = ', '=', 1) for binding in (*bindings, *more)]
+    paths = [f'--gin_search_paths={flags.gin_search_paths}'] if flags.gin_search_paths != '.' else []
+    return [sys.executable, str(HERE / 'run.py'), *paths, *options]
+
+  config = configure({})
+  model_dir = gin.query_parameter('%MODEL_DIR')
+  options = {'hold': flags.hold, 'jobs': flags.jobs, 'commands': flags.commands}
+  sweep.sweep(model_dir, flags.sweep, flags.sweep_gin, size, command, config, **options)
 
 
 def draw_routers(flags: argparse.Namespace, bindings: list[str]) -> pathlib.Path:

@@ -1,13 +1,52 @@
 """Floating-point operations of matrix products, counted in what JAX traced: whole programs, loops unfolded."""
 
+import contextlib
+import itertools
 import math
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 
 from moe_jax.analysis.parameters import parameter_sizes
+from moe_jax.layers.attention import CrossAttention, SelfAttention
+from moe_jax.layers.embeddings import TokenEmbedding
+from moe_jax.layers.mlp import Mlp
+from moe_jax.moe.moe_layer import MoELayer
+from moe_jax.moe.routers.base import Router
+
+# Kinds of modules -> what they are a part of. Of an expert layer, what is no expert's and no router's carries tokens.
+PARTS = {
+  SelfAttention: 'attention',
+  CrossAttention: 'attention',
+  Mlp: 'dense',
+  Router: 'router',
+  MoELayer: 'dispatch',
+  TokenEmbedding: 'logits',
+}
+
+_SCOPE = re.compile(r'\[(\w+)\]')
+
+
+class ForwardFlops(NamedTuple):
+  """Of a forward pass in training, per target token, over all devices.
+
+  Attributes:
+    by_part: attention, dense, experts, router, dispatch, logits, other -> FLOPs as they run, `dispatch` being the
+      one-hot products that carry tokens, and `experts` with the empty slots of their buffers.
+    active: all of these but dispatch, the experts without empty slots: each token through its chosen experts alone.
+  """
+
+  by_part: dict[str, float]
+  active: float
+
+  @property
+  def total(self) -> float:
+    """As they run."""
+    return sum(self.by_part.values())
 
 
 def count_flops(function: Callable[..., Any], *args: Any) -> int:
@@ -17,34 +56,43 @@ def count_flops(function: Callable[..., Any], *args: Any) -> int:
     function: traced, not run.
     args: arrays or `ShapeDtypeStruct`s.
   """
-  return _count(jax.make_jaxpr(function)(*args).jaxpr)
+  return sum(_count(jax.make_jaxpr(function)(*args).jaxpr).values())
 
 
-def _count(jaxpr: Any) -> int:
-  return sum(_count_equation(equation) for equation in jaxpr.eqns)
+def _count(jaxpr: Any, part: str = 'other') -> Counter[str]:
+  """FLOPs by the part whose scope they are in, the innermost that `PARTS` or an expert layer opens."""
+  found: Counter[str] = Counter()
+  for equation in jaxpr.eqns:
+    scopes = _SCOPE.findall(str(equation.source_info.name_stack))
+    for inner, flops in _count_equation(equation, scopes[-1] if scopes else part).items():
+      found[inner] += flops
+  return found
 
 
-def _count_equation(equation: Any) -> int:
+def _count_equation(equation: Any, part: str) -> Counter[str]:
   name, params = equation.primitive.name, equation.params
   if name == 'dot_general':
     (contracted, _), _ = params['dimension_numbers']
     left = equation.invars[0].aval.shape
-    return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+    return Counter({part: 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)})
   if name == 'conv_general_dilated':
     kernel, out = equation.invars[1].aval, equation.outvars[0].aval
-    return 2 * math.prod(out.shape) * math.prod(kernel.shape) // kernel.shape[params['dimension_numbers'].rhs_spec[0]]
-  inside = [_count(jaxpr) for jaxpr in _inside(params)]
+    per_output = math.prod(kernel.shape) // kernel.shape[params['dimension_numbers'].rhs_spec[0]]
+    return Counter({part: 2 * math.prod(out.shape) * per_output})
+  inside = [_count(jaxpr, part) for jaxpr in _inside(params)]
+  if name == 'cond':
+    return max(inside, key=Counter.total, default=Counter())
   match name:
-    case 'cond':
-      return max(inside, default=0)
     case 'scan':
-      return params['length'] * sum(inside)
+      times = params['length']
     case 'shard_map':  # written for one device
       mesh = params['mesh']
-      return sum(inside) * math.prod(mesh.shape[axis] for axis in params.get('manual_axes', mesh.axis_names))
+      times = math.prod(mesh.shape[axis] for axis in params.get('manual_axes', mesh.axis_names))
     case 'pallas_call':  # written for one cell of its grid
-      return sum(inside) * math.prod(params['grid_mapping'].grid)
-  return sum(inside)
+      times = math.prod(params['grid_mapping'].grid)
+    case _:
+      times = 1
+  return Counter({part: times * sum(found[part] for found in inside) for part in {*itertools.chain(*inside)}})
 
 
 def _inside(params: Mapping[str, Any]) -> Iterator[Any]:
@@ -57,22 +105,57 @@ def _inside(params: Mapping[str, Any]) -> Iterator[Any]:
         yield item.jaxpr
 
 
+def forward_flops(model: nn.Module, batch_spec: Mapping[str, jax.ShapeDtypeStruct]) -> ForwardFlops:
+  """Counts a forward pass in training by part. Backward takes twice as much, and what is recomputed comes on top.
+
+  Call it inside `sharding.activate`: the mesh decides how experts are reached.
+  """
+
+  def scope(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+    part = next((part for kind, part in PARTS.items() if isinstance(context.module, kind)), None)
+    with jax.named_scope(f'[{part}]') if part else contextlib.nullcontext():
+      return call(*args, **kwargs)
+
+  def forward(variables: Any, batch: Any, key: jax.Array) -> Any:
+    with nn.intercept_methods(scope):
+      rngs = {'dropout': key, 'router': key}
+      return model.apply(variables, batch, train=True, rngs=rngs, mutable=['state'])[0][0]
+
+  key, batch = jax.eval_shape(lambda: jax.random.key(0)), dict(batch_spec)
+  variables = jax.eval_shape(lambda key, batch: nn.unbox(model.init(key, batch)), key, batch)
+  counted = _count(jax.make_jaxpr(forward)(variables, batch, key).jaxpr)
+  tokens = _tokens(batch_spec)
+  through_experts = sum(
+    2 * active * tokens[_side(path)]
+    for path, (_, active) in parameter_sizes(model, batch_spec).items()
+    if 'experts' in path
+  )
+  active = counted.total() - counted['experts'] - counted['dispatch'] + through_experts
+  return ForwardFlops({part: n / tokens['decoder'] for part, n in counted.items()}, active / tokens['decoder'])
+
+
+def _tokens(batch_spec: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, int]:
+  """Of a batch, padding too: 'encoder', 'decoder' -> how many."""
+  sides = ('encoder', 'decoder')
+  return {side: math.prod(batch_spec[name].shape) for side in sides if (name := f'{side}_input_tokens') in batch_spec}
+
+
+def _side(path: tuple[str, ...]) -> str:
+  """On whose tokens an array works: an encoder's on its own, all others on the decoder's."""
+  return 'encoder' if path[0] == 'encoder' else 'decoder'
+
+
 def model_flops(model: nn.Module, batch_spec: Mapping[str, jax.ShapeDtypeStruct]) -> int:
   """What training on a batch needs at least: 6 for each token and each parameter that works on it (Kaplan et al. 2020).
 
   Parameters of an encoder count on its tokens, all others on the decoder's, keys and values of cross-attention too. The
   input embedding does no work, and products of attention between tokens are left out, as is what is recomputed.
   """
-  tokens = {
-    side: math.prod(batch_spec[f'{side}_input_tokens'].shape)
-    for side in ('encoder', 'decoder')
-    if f'{side}_input_tokens' in batch_spec
-  }
-  sizes = parameter_sizes(model, batch_spec)
+  tokens, sizes = _tokens(batch_spec), parameter_sizes(model, batch_spec)
   untied = ('embedding', 'logits') in sizes
   return round(
     sum(
-      6 * active * tokens['encoder' if path[0] == 'encoder' else 'decoder']
+      6 * active * tokens[_side(path)]
       for path, (_, active) in sizes.items()
       if not (untied and path == ('embedding', 'table'))
     )

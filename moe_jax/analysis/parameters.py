@@ -1,13 +1,15 @@
 """How many parameters a model has, how many work on a token, and how many bytes each device holds."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import numpy as np
 
+from moe_jax import sharding
+from moe_jax.models.stack import Stack
 from moe_jax.moe.moe_layer import MoELayer
 
 PyTree = Any
@@ -54,18 +56,34 @@ def parameter_sizes(
   return sizes
 
 
-def dispatch_bytes(model: nn.Module, batch_spec: Mapping[str, jax.ShapeDtypeStruct]) -> int:
-  """Of the rows that a device holds on the way to the experts and on the way home, in the layer that has the most.
+class Exchange(NamedTuple):
+  """Rows of activations on the way to the experts of one layer, and as many on the way home, in a training step.
 
-  Static shapes make this the worst case too. Call it inside `sharding.activate`, in whose mesh the layers are.
+  Attributes:
+    repeats: how often the layer runs, as a scanned block does.
+    rows: that each device holds.
+    row_bytes: of each.
   """
-  most = [0]
+
+  repeats: int
+  rows: int
+  row_bytes: int
+
+
+def exchanges(model: nn.Module, batch_spec: Mapping[str, jax.ShapeDtypeStruct]) -> list[Exchange]:
+  """Of every expert layer, from shapes alone. Call it inside `sharding.activate`, in whose mesh the layers are."""
+  found: dict[tuple[str, ...], Exchange] = {}  # by path: what a scan traces twice is one layer
+  repeats = [1]
 
   def watch(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+    module = context.module
+    scanned = isinstance(module, Stack) and module.scan
+    repeats.append(module.repeats if scanned else repeats[-1])
     result = call(*args, **kwargs)
-    if isinstance(context.module, MoELayer) and context.method_name == 'dispatch':
+    repeats.pop()
+    if isinstance(module, MoELayer) and context.method_name == 'dispatch':
       y, journey = result
-      most.append(2 * journey.rows * y.shape[-1] * y.dtype.itemsize)
+      found[module.path] = Exchange(repeats[-1], journey.rows, y.shape[-1] * y.dtype.itemsize)
     return result
 
   def init(key: jax.Array, batch: Any) -> PyTree:
@@ -74,7 +92,22 @@ def dispatch_bytes(model: nn.Module, batch_spec: Mapping[str, jax.ShapeDtypeStru
 
   key = jax.eval_shape(lambda: jax.random.key(0))
   jax.eval_shape(init, {'params': key, 'dropout': key, 'router': key}, dict(batch_spec))
-  return max(most)
+  return list(found.values())
+
+
+def dispatch_bytes(layers: Sequence[Exchange]) -> int:
+  """Of the rows that a device holds out and home, in the layer that has the most; static shapes make it the worst."""
+  return max((2 * layer.rows * layer.row_bytes for layer in layers), default=0)
+
+
+def exchanged_bytes_per_token(layers: Sequence[Exchange], tokens: int) -> float:
+  """Bytes that a forward pass sends to other devices, out and home, for each of a device's tokens.
+
+  Rows, empty ones too, are spread evenly over the devices that share the experts, so that one in so many stays. Call it
+  inside `sharding.activate`. Backward sends as much again.
+  """
+  leaving = 1 - 1 / sharding.shards('expert')
+  return sum(2 * layer.repeats * layer.rows * layer.row_bytes for layer in layers) * leaving / tokens
 
 
 def bytes_per_device(spec: PyTree) -> int:

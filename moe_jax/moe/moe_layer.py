@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from moe_jax import sharding
@@ -147,5 +148,7 @@ class MoELayer(nn.Module):
     return y, dataclasses.replace(aux, metrics=metrics, token_terms=terms)
 
   def dispatch(self, experts: ExpertBank, tokens: Array, plan: Plan) -> tuple[Array, Journey]:
-    """The dispatcher's journey, under a name by which it can be watched from outside."""
+    """The dispatcher's journey, under a name by which it can be watched from outside; and so are the experts on it."""
+    inside = jax.named_scope('[experts]')
+    experts = experts._replace(apply=inside(experts.apply), grouped=experts.grouped and inside(experts.grouped))
     return self.dispatcher(experts, tokens, plan)

@@ -17,7 +17,7 @@ from moe_jax import sharding
 from moe_jax.analysis.chips import Chip, chip_of
 from moe_jax.analysis.compiled import COLLECTIVES, Operation, cycles, operations
 from moe_jax.analysis.flops import count_flops, model_flops
-from moe_jax.analysis.parameters import bytes_per_device, count_parameters, dispatch_bytes
+from moe_jax.analysis.parameters import bytes_per_device, count_parameters, dispatch_bytes, exchanges
 from moe_jax.analysis.step_time import describe_axes, step_seconds
 from moe_jax.objectives import LanguageModeling
 from moe_jax.runs import plan_page
@@ -93,7 +93,7 @@ def plan(
         'params': bytes_per_device(program.state_spec.params),
         'optimizer': bytes_per_device(program.state_spec.opt_state) if step == 'train' else 0,
         'temporaries': None,
-        'dispatch_buffers': dispatch_bytes(objective.model, piece) if step == 'train' else None,
+        'dispatch_buffers': dispatch_bytes(exchanges(objective.model, piece)) if step == 'train' else None,
         'total': None,
       },
       'flops': count_flops(function, *args) // mesh.size,

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,8 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from moe_jax import sharding
 from moe_jax.analysis import compression
-from moe_jax.analysis.parameters import bytes_per_device, count_parameters
+from moe_jax.analysis.flops import forward_flops
+from moe_jax.analysis.parameters import bytes_per_device, count_parameters, exchanged_bytes_per_token, exchanges
 from moe_jax.decode import Strategy
 from moe_jax.objectives import LanguageModeling
 from moe_jax.runs import infer
@@ -226,13 +229,18 @@ def train(
 
 def describe(program: Program) -> dict[str, Any]:
   """Sizes of a program, from shapes alone."""
+  model, batch, spec = program.objective.model, program.batch_spec, program.state_spec
   with program.activate():
-    count = count_parameters(program.objective.model, program.batch_spec)
-  spec = program.state_spec
+    count, flops = count_parameters(model, batch), forward_flops(model, batch)
+    tokens = math.prod(batch['decoder_input_tokens'].shape)
+    sent = exchanged_bytes_per_token(exchanges(model, batch), tokens // sharding.shards('batch'))
   sizes = {'parameters': spec.params, 'optimizer': spec.opt_state, 'gradients': spec.params}
   return {
     'parameters': count.total,
     'active_parameters': count.active,
+    'forward_flops_per_token': {'active': flops.active, 'total': flops.total, **flops.by_part},
+    'exchanged_bytes_per_token': sent,
+    'tokens_per_step': tokens,
     'devices': program.mesh.size,
     'platform': program.mesh.devices.flat[0].platform,
     'mesh': program.mesh_axes,
