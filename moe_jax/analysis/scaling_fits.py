@@ -100,7 +100,7 @@ def bootstrap(fitted: Fit, resamples: int = 200, seed: int = 0) -> Bootstrap:
 
   Points stay where they are, since a sweep is planned and small: drawn with replacement, its points would often not
   tell all constants any more. A fit of k constants to n points makes errors too small by sqrt((n - k) / n) on average;
-  that is made up for.
+  that is made up for. With few points and a threshold far below their noise the intervals are still somewhat narrow.
 
   Args:
     fitted: to what, and from where each fit starts.
@@ -176,15 +176,18 @@ def _check_told(law: Law, problem: _Problem, x: np.ndarray) -> None:
   Losses are taken to be uncertain by 1e-6 at least: else constants that only move together would look certain wherever
   a law fits exactly.
   """
-  residuals = problem.residuals(x)
+  residuals, jacobian = problem.residuals(x), problem.jacobian(x)
   error = max(1e-6, np.sqrt(np.sum(residuals**2) / (len(residuals) - len(x))))
-  _, singular, directions = np.linalg.svd(problem.jacobian(x), full_matrices=False)
-  errors = error * np.linalg.norm(directions / singular[:, None], axis=0)
-  untold = [name for name, lost in zip(law.constants, errors > np.where(problem.positive, 10.0, 1.0)) if lost]
-  if untold:
+  lost = ~np.isfinite(jacobian).all(axis=0) | (jacobian == 0).all(axis=0)  # as of E_max, when it went to infinity
+  if not lost.any():
+    _, singular, directions = np.linalg.svd(jacobian, full_matrices=False)
+    errors = error * np.linalg.norm(directions / np.maximum(singular, _TINY)[:, None], axis=0)
+    lost = errors > np.where(problem.positive, 10.0, 1.0)  # ten doublings, or one unit of an exponent
+  if lost.any():
+    untold = [name for name, is_lost in zip(law.constants, lost) if is_lost]
     raise ConfigError(
-      f'These points do not tell {", ".join(untold)} of the law {law.name}: take a law with fewer constants, or points'
-      f' that lie further apart in {", ".join(law.columns)}.'
+      f'These points do not tell {", ".join(untold)} of the law {law.name}: hold some of its constants (hold), take a'
+      f' law with fewer, or points that lie further apart in {", ".join(law.columns)}.'
     )
 
 

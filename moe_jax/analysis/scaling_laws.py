@@ -14,6 +14,7 @@ Letters: N parameters, D tokens, E experts a layer, G granularity, C training FL
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -43,8 +44,10 @@ def hoffmann_2022(
 
 def saturating_experts(E: Numbers, *, E_start: Numbers, E_max: Numbers) -> Numbers:
   """Clark's Ehat, which goes from E_start at one expert towards E_max; nan unless E_start < E_max."""
-  offset = 1 / (1 / E_start - 1 / E_max)
-  return np.where(np.real(E_start) < np.real(E_max), 1 / (1 / (E - 1 + offset) + 1 / E_max), np.nan)
+  with np.errstate(divide='ignore', invalid='ignore'):
+    offset = 1 / np.asarray(1 / E_start - 1 / E_max)
+    experts = 1 / (1 / (E - 1 + offset) + 1 / E_max)
+  return np.where(np.real(E_start) < np.real(E_max), experts, np.nan)
 
 
 def clark_2022_separable(N: Numbers, E: Numbers, *, a: Numbers, b: Numbers, d: Numbers) -> Numbers:
@@ -183,6 +186,15 @@ class Law:
     if missing:
       raise ConfigError(f'The law {self.name} needs the column {missing[0]}: points have {", ".join(points)}.')
     return self.function(*(np.asarray(points[name], np.float64) for name in self.columns), **constants)
+
+
+def hold(law: Law, **constants: float) -> Law:
+  """The law with some of its constants given, where points do not tell them: `hold(CLARK, E_max=math.inf)`."""
+  unknown = sorted(set(constants) - set(law.constants))
+  if unknown:
+    raise ConfigError(f'The law {law.name} has no constant {unknown[0]}: it has {", ".join(law.constants)}.')
+  free = {name: start for name, start in law.constants.items() if name not in constants}
+  return dataclasses.replace(law, function=functools.partial(law.function, **constants), constants=free)
 
 
 _EXPONENT = Constant(0.02, 1.0)

@@ -151,7 +151,7 @@ def _sweep(path: pathlib.Path) -> list[Row]:
     try:
       row = json.loads(line)
       overrides = {name.lower(): value for name, value in row.pop('overrides', {}).items()}
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, TypeError) as error:
       raise ConfigError(f'{path}, line {number} is not a run of a sweep: it has to be one JSON object.') from error
     if row.get('status', 'done') == 'done':
       rows.append(overrides | row)
