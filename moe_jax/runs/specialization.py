@@ -99,7 +99,7 @@ class Watcher:
     found = {'step': max(self.seen), **self._facts, **summary(last, texts, special), 'stability': stability(self.seen)}
     path = Path(model_dir).expanduser() / 'specialization.json'
     if jax.process_index() == 0:
-      path.write_text(json.dumps(_rounded(found), indent=1))
+      path.write_text(json.dumps(rounded(found), indent=1))
     return path
 
 
@@ -276,12 +276,12 @@ def stability(seen: Mapping[int, Seen]) -> dict[str, Any]:
   return {'steps': steps, 'layers': layers}
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
   """Plain Python of it for JSON: five digits, and None for NaN."""
   if isinstance(value, Mapping):
-    return {key: _rounded(x) for key, x in value.items()}
+    return {key: rounded(x) for key, x in value.items()}
   if isinstance(value, (list, tuple, np.ndarray)):
-    return [_rounded(x) for x in value]
+    return [rounded(x) for x in value]
   if isinstance(value, (float, np.floating)):
     return float(f'{value:.5g}') if np.isfinite(value) else None
   return value.item() if isinstance(value, np.integer) else value
