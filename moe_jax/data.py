@@ -72,6 +72,22 @@ def token_bytes(vocabulary: seqio.Vocabulary) -> tuple[int, ...]:
   return tuple(len(vocabulary.decode([token]).encode()) for token in range(vocabulary.vocab_size))
 
 
+def token_texts(vocabulary: seqio.Vocabulary) -> tuple[str, ...]:
+  """Each token id as text to look at: blanks kept, a byte of a longer letter as \\xc3, a sentinel as <1>, else <id>."""
+  return tuple(_token_text(token, vocabulary) for token in range(vocabulary.vocab_size))
+
+
+def _token_text(token: int, vocabulary: seqio.Vocabulary) -> str:
+  if token >= vocabulary.vocab_size - vocabulary.extra_ids:
+    return f'<{vocabulary.vocab_size - token}>'
+  if isinstance(vocabulary, seqio.ByteVocabulary):
+    byte = token - (vocabulary.vocab_size - 256 - vocabulary.extra_ids)
+    return chr(byte) if 0 <= byte < 128 else f'\\x{byte:02x}' if byte >= 0 else f'<id {token}>'
+  if isinstance(vocabulary, seqio.SentencePieceVocabulary):
+    return vocabulary.tokenizer.IdToPiece(token).replace('▁', ' ')
+  return vocabulary.decode([token]) or f'<id {token}>'
+
+
 def _piece_bytes(vocabulary: seqio.SentencePieceVocabulary, token: int) -> int:
   """Bytes of one piece, the blank in front of a word included, which decoding it alone would lose."""
   model = vocabulary.tokenizer

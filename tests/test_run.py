@@ -76,10 +76,11 @@ def test_a_run_leaves_what_it_should_and_other_modes_take_it(tmp_path, capsys):
   # The configuration that the run kept is all that other modes need, and training on.
   kept = ['--debug', f'--gin_file={folder / "config.gin"}']
   gin.clear_config()
-  assert run.main(['--run_mode=eval', *kept, '--gin.EVAL_STEPS=2']) == 0
+  assert run.main(['--run_mode=eval', *kept, '--gin.EVAL_STEPS=2', '--gin.SPECIALIZATION=1']) == 0
   assert lines(folder / 'evaluation.jsonl')[-1]['bits_per_byte'] == pytest.approx(
     metrics[-1]['bits_per_byte'], rel=1e-6
   )
+  assert json.loads((folder / 'specialization.json').read_text())['sides']['decoder']['tokens'] > 0
   gin.clear_config()
   assert run.main(['--run_mode=infer', *kept, '--prompt=def f', '--gin.MAX_NEW_TOKENS=4']) == 0
   assert lines(folder / 'inference.jsonl')[0]['inputs'] == 'def f'

@@ -76,7 +76,7 @@ class Stack(nn.Module):
         block,
         length=self.repeats,
         in_axes=nn.broadcast,
-        variable_axes={'params': 0, 'state': 0, 'cache': 0},
+        variable_axes={'params': 0, 'state': 0, 'cache': 0, 'routing': 0},
         split_rngs={'params': True, 'dropout': True, 'router': True},
         metadata_params={nn.PARTITION_NAME: 'layers'},
       )(pattern, **options, name='blocks')(x, context)

@@ -72,6 +72,7 @@ def rows_per_group(batch: int, length: int, group_size: int | None, decoding: bo
 
 
 SublayerFactory = Callable[..., nn.Module]
+ROUTING = 'routing'  # the collection of plans, one a layer, for who asks that it be mutable
 
 
 class MoELayer(nn.Module):
@@ -131,6 +132,8 @@ class MoELayer(nn.Module):
         raise ConfigError(advice)
       warnings.warn(advice, stacklevel=2)
     plan, aux = router(tokens, routing_context)
+    if not self.is_initializing():  # nothing is kept but for who asks to look
+      self.sow(ROUTING, 'plan', plan, init_fn=lambda: None, reduce_fn=lambda _, plan: plan)
     bank = self.experts(num_experts=self.num_experts, features=width, name='experts')(context.train)
     y, journey = self.dispatch(bank, tokens, plan)
     mebibytes = journey.rows * width * y.dtype.itemsize / 2**20

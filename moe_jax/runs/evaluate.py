@@ -12,6 +12,7 @@ import numpy as np
 from moe_jax.objectives import LanguageModeling
 from moe_jax.runs.progress import describe_loss, say
 from moe_jax.runs.setup import Data, Devices, at_least_one, restore, trained, variables_of
+from moe_jax.runs.specialization import Watcher
 from moe_jax.runs.task_metrics import TaskMetrics
 from moe_jax.training.metrics import averaged, with_bits_per_byte
 from moe_jax.training.step import eval_step
@@ -26,6 +27,7 @@ def evaluate(
   split: str = 'validation',
   all_checkpoints: bool = False,
   task_metrics: TaskMetrics = TaskMetrics(),
+  specialization: int | None = None,
 ) -> list[dict[str, Any]]:
   """Measures checkpoints, and adds one object each to evaluation.jsonl in `model_dir`; optimizer state is not read.
 
@@ -38,6 +40,7 @@ def evaluate(
     split: of the task.
     all_checkpoints: the older ones too, oldest first.
     task_metrics: how those of the task are taken.
+    specialization: batches over which to watch what experts specialise in, for specialization.json; None: not at all.
 
   Returns:
     What was written: step, split, and metrics by name; those of tasks as task/metric, and their average.
@@ -52,12 +55,15 @@ def evaluate(
   measure = jax.jit(functools.partial(eval_step, objective=objective), out_shardings=program.everywhere)
   results = []
   with program.activate(), checkpointer:
+    watcher = None if specialization is None else Watcher(program, objective, data, split, specialization)
     measure_tasks = task_metrics.prepare(program, objective, data, split)
     for step in checkpointer.all_steps()[0 if all_checkpoints else -1 :]:
       state = restore(program, checkpointer, step)
       batches = itertools.islice(data.held_out(program.mesh, split), eval_steps)
       values = with_bits_per_byte(averaged(measure(state, batch) for batch in batches))
       result = {'step': step, 'split': split, **{name: np.asarray(value).tolist() for name, value in values.items()}}
+      if watcher:
+        watcher(step, variables_of(state))
       answers = measure_tasks(variables_of(state))
       results.append(result | answers)
       say(f'step {step}: {split} {describe_loss(values)}, accuracy {float(values["accuracy"]):.3f}')
@@ -66,4 +72,6 @@ def evaluate(
       if jax.process_index() == 0:
         with (Path(model_dir).expanduser() / 'evaluation.jsonl').open('a') as file:
           file.write(json.dumps(results[-1]) + '\n')
+    if watcher:
+      say(f'specialization: {watcher.write(model_dir)}')
   return results

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moe_jax.runs.report import curve, expert_load_matrix, key_figures, layer_curves, load_run, report, spread
+from moe_jax.runs.drawing import spread
+from moe_jax.runs.report import curve, expert_load_matrix, key_figures, layer_curves, load_run, report
 from moe_jax.types import ConfigError
 
 SUMMARY: dict[str, Any] = {
