@@ -221,7 +221,12 @@ def run(flags: argparse.Namespace, bindings: list[str]) -> None:
   if flags.run_mode == 'report':
     if not flags.model_dirs:
       raise ConfigError('--run_mode=report needs --model_dirs DIR [DIR ...], or --routers.')
-    print(function(flags.model_dirs, output=flags.output))
+    swept = [folder for folder in flags.model_dirs if (pathlib.Path(folder) / 'sweep.jsonl').exists()]
+    if swept and len(flags.model_dirs) > 1:
+      raise ConfigError(f'{swept[0]} is a sweep, which has a page of its own: give it alone.')
+    if swept:
+      from moe_jax.runs.sweep_page import sweep_report as function
+    print(function(flags.model_dirs[0] if swept else flags.model_dirs, output=flags.output))
     return
   if not flags.gin_file and flags.run_mode != 'convert':
     raise ConfigError('Which model? Give --gin_file=gin/experiments/quickstart.gin, or another of that folder.')

@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax.runs import sweep_page
 from moe_jax.runs.progress import say
-from moe_jax.runs.report import curve, load_run, report
+from moe_jax.runs.report import curve, load_run
 from moe_jax.runs.setup import at_least_one, locked, open_model_dir
 from moe_jax.runs.sweep_grid import Overrides, files_axis, grid, name_of, parse_axis
 from moe_jax.runs.sweep_table import LiveTable
@@ -106,7 +107,7 @@ def sweep(
 
       run_all(todo, command_of, jobs, changed)
   if any(row['status'] == 'done' for row in rows):
-    say(f'\nreport: {report([folder])}')
+    say(f'\nreport: {sweep_page.sweep_report(folder)}')
   if failed := [row for row in todo if row['status'] == 'failed']:
     raise ConfigError(
       f'{len(failed)} of {len(todo)} runs failed; the same command tries them again: '

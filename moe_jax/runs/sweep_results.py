@@ -1,0 +1,162 @@
+"""What a sweep shows: each model beside its dense twin, at equal cost and at equal time, and the laws that fit it."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_jax.analysis.scaling_fits import bootstrap, fit
+from moe_jax.analysis.scaling_laws import ONE_SIZE, ONE_SIZE_RATIO, Law
+from moe_jax.analysis.scaling_points import read_points, select
+from moe_jax.runs.sweep_grid import dense_twin, name_of
+from moe_jax.types import ConfigError
+
+Row = Mapping[str, Any]
+LEVEL = 0.9  # of intervals
+_SEED = 'SEED'
+
+
+@dataclasses.dataclass(frozen=True)
+class Learning:
+  """Validation losses of a run as it went.
+
+  Attributes:
+    steps: float64[n].
+    seconds: float64[n], of training until then.
+    losses: float64[n], nats per token.
+  """
+
+  steps: np.ndarray
+  seconds: np.ndarray
+  losses: np.ndarray
+
+  def at(self, seconds: float) -> float:
+    """The loss after so long, between two evaluations in proportion to the logarithm of time; nan before the first."""
+    if not len(self.seconds) or seconds < self.seconds[0]:
+      return np.nan
+    return float(np.interp(np.log(seconds), np.log(self.seconds), self.losses))
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+  """The runs that differ in their seed alone.
+
+  Attributes:
+    overrides: without the seed.
+    rows: of sweep.jsonl.
+    gains: float64[n], nats per token by which each run's loss is below that of its dense twin, which has its seed.
+    gains_in_time: float64[n], the same at the time that the twin took in all, or this run if that is less; on one
+      machine, with as much beside it.
+  """
+
+  overrides: Mapping[str, Any]
+  rows: Sequence[Row]
+  gains: np.ndarray
+  gains_in_time: np.ndarray
+
+  @property
+  def name(self) -> str:
+    """Of the runs, without the seed."""
+    return name_of(self.overrides)
+
+  def mean(self, key: str) -> float:
+    """Of a number of the runs."""
+    return float(np.mean([row[key] for row in self.rows]))
+
+
+def cells(rows: Sequence[Row], learning: Mapping[str, Learning]) -> list[Cell]:
+  """Finished runs by what they are, in the order of the first of each.
+
+  Args:
+    rows: that are finished.
+    learning: how each went, by name.
+  """
+  by_name = {row['name']: row for row in rows}
+  groups: dict[str, list[Row]] = {}
+  for row in rows:
+    groups.setdefault(name_of(_without_seed(row)), []).append(row)
+  found = []
+  for group in groups.values():
+    pairs = [(row, by_name.get(name_of(dense_twin(row['overrides'])))) for row in group]
+    paired = [(row, twin) for row, twin in pairs if twin and twin is not row]
+    gains = [twin['eval_loss'] - row['eval_loss'] for row, twin in paired]
+    timed = []
+    for row, twin in paired:
+      own, other = learning[row['name']], learning[twin['name']]
+      seconds = min(own.seconds[-1], other.seconds[-1])
+      timed.append(other.at(seconds) - own.at(seconds))
+    found.append(Cell(_without_seed(group[0]), group, np.array(gains), np.array(timed)))
+  return found
+
+
+def _without_seed(row: Row) -> dict[str, Any]:
+  return {name: value for name, value in row['overrides'].items() if name != _SEED}
+
+
+def noise(found: Sequence[Cell]) -> float:
+  """Standard deviation of the loss between seeds, pooled over cells; nan where no cell has two."""
+  groups = [np.array([row['eval_loss'] for row in cell.rows]) for cell in found if len(cell.rows) > 1]
+  freedom = sum(len(group) - 1 for group in groups)
+  return float(np.sqrt(sum(np.sum((x - x.mean()) ** 2) for x in groups) / freedom)) if freedom else np.nan
+
+
+def gain_noise(found: Sequence[Cell]) -> float:
+  """As `noise`, of the gains: what runs of one seed have in common, such as their data, cancels in them."""
+  groups = [cell.gains for cell in found if len(cell.gains) > 1]
+  freedom = sum(len(group) - 1 for group in groups)
+  return float(np.sqrt(sum(np.sum((x - x.mean()) ** 2) for x in groups) / freedom)) if freedom else np.nan
+
+
+def fits(folder: Path) -> list[dict[str, Any]]:
+  """Laws that the finished runs of a sweep tell the constants of, with intervals.
+
+  Of each frequency, how the loss falls with the number of experts, the dense twin being one expert; and of all runs
+  together, how it falls with all over active parameters.
+  """
+  points = read_points(folder / 'sweep.jsonl')
+  if len({value for value in points.get('embed_dim', [0])}) > 1:
+    return []  # sizes vary too: for the whole law, which one script can fit as well as another
+  asked: list[tuple[str, Law, Mapping[str, Any]]] = []
+  for every in sorted({int(x) for x in points.get('expert_every', []) if np.isfinite(x)} - {0}):
+    asked.append((f'EXPERT_EVERY={every}', ONE_SIZE, select(points, expert_every=[0, every])))
+  asked.append(('all runs', ONE_SIZE_RATIO, points))
+  found: list[dict[str, Any]] = []
+  for which, law, some in asked:
+    try:
+      fitted = fit(law, some)
+    except ConfigError as reason:
+      found.append({'which': which, 'law': law.name, 'formula': law.formula, 'refused': str(reason)})
+      continue
+    spread = bootstrap(fitted)
+    column = law.columns[0]
+    at = np.geomspace(some[column].min(), some[column].max(), 30)
+    found.append(
+      {
+        'which': which,
+        'law': law.name,
+        'formula': law.formula,
+        'column': column,
+        'constants': dict(fitted.constants),
+        'intervals': spread.intervals(LEVEL),
+        'level': LEVEL,
+        'points': len(fitted.residuals),
+        'rmse': fitted.rmse,
+        'doubling': 2 ** fitted.constants['b'] - 1,
+        'doubling_interval': [2**bound - 1 for bound in spread.intervals(LEVEL)['b']],
+        'at': at.tolist(),
+        'predicted': fitted.loss({column: at}).tolist(),
+        'band': spread.loss({column: at}, LEVEL).tolist(),
+        'measured': [some[column].tolist(), some['loss'].tolist()],
+      }
+    )
+  return found
+
+
+def write_fits(folder: Path) -> list[dict[str, Any]]:
+  """Keeps the fits in fits.json beside the sweep."""
+  found = fits(folder)
+  (folder / 'fits.json').write_text(json.dumps(found, indent=2))
+  return found
