@@ -113,7 +113,7 @@ def bootstrap(fitted: Fit, resamples: int = 200, seed: int = 0) -> Bootstrap:
   drawn = rng.choice(errors, (resamples, count))
   start = _Problem(law, columns).internal(np.array([fitted.constants[name] for name in law.constants]))
   with np.errstate(all='ignore'):
-    losses = fitted.loss(columns) * np.exp(drawn)
+    losses = fitted.loss(columns) * np.exp(-drawn)  # an error is of the prediction
     ends = np.stack([_Problem(law, {**columns, 'loss': loss}).descend(start) for loss in losses])
     return Bootstrap(law, {name: value[:, 0] for name, value in _Problem(law, columns).constants(ends).items()})
 

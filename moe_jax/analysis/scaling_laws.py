@@ -323,6 +323,6 @@ class Calibrated:
     for name, (low, high) in self.ranges.items():
       values = np.asarray(points.get(name, low), np.float64)
       if values.min() < low or values.max() > high:
-        spans = [f'{least:.4g} to {most:.4g}' for least, most in ((values.min(), values.max()), (low, high))]
-        lines.append(f'{name} {spans[0]}: outside fitted range of {self.law.name}, {spans[1]}')
+        where = f'{values.min():.4g}' + (f' to {values.max():.4g}' if np.ptp(values) else '')
+        lines.append(f'{name} {where}: outside fitted range of {self.law.name}, {low:.4g} to {high:.4g}')
     return lines

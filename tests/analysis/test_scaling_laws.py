@@ -128,6 +128,7 @@ def test_what_is_outside_the_fitted_range():
   inside = {'dense_parameters': [1e8, 1e9], 'experts': 64, 'tokens': 1.3e11}
   assert not law.outside(inside) and not law.outside({'dense_parameters': 1e9, 'experts': 1})
   assert law.outside(inside | {'experts': [8, 1024]}) == ['experts 8 to 1024: outside fitted range of clark, 1 to 512']
+  assert law.outside({'experts': 1024}) == ['experts 1024: outside fitted range of clark, 1 to 512']
   too_much = {'dense_parameters': 7e9, 'experts': 8, 'tokens': 1e12}
   assert [line.split()[0] for line in law.outside(too_much)] == ['dense_parameters', 'tokens']
 
