@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import functools
 import importlib
 import inspect
 import json
@@ -33,6 +34,7 @@ MODES = {  # mode -> module:function
   'plan': 'moe_jax.runs.plan:plan',
   'convert': 'moe_jax.runs.convert:convert',
   'sweep': 'moe_jax.runs.sweep:sweep',
+  'advise': 'moe_jax.runs.advise:advise',
   'report': 'moe_jax.runs.report:report',
 }
 PACKAGES = ('moe_jax', 'tasks', 'jax', 'flax', 'optax', 'seqio', 't5x')  # whose functions gin may name
@@ -55,7 +57,7 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
   parser.add_argument('--gin_file', action='append', default=[], help='may be given several times; later wins')
   parser.add_argument('--gin_search_paths', default='.', help='comma-separated folders that gin files are found in')
   parser.add_argument('--dry_run', action='store_true', help='build everything, say how large it is, and stop')
-  parser.add_argument('--search', action='store_true', help='plan: try other meshes, remat and microbatches too')
+  parser.add_argument('--search', action='store_true', help='plan: try other meshes too; advise: plan the two best')
   parser.add_argument('--teacher', help='train: the MODEL_DIR of a model to learn from, see gin/distill.gin')
   parser.add_argument('--from', dest='source', help='convert: the library whose weights to read: hf, t5x')
   parser.add_argument('--to', dest='target', help='convert: the library to write weights for: hf, t5x')
@@ -228,10 +230,10 @@ def run(flags: argparse.Namespace, bindings: list[str]) -> None:
       from moe_jax.runs.sweep_page import sweep_report as function
     print(function(flags.model_dirs[0] if swept else flags.model_dirs, output=flags.output))
     return
-  if not flags.gin_file and flags.run_mode != 'convert':
+  if not flags.gin_file and flags.run_mode not in ('convert', 'advise'):
     raise ConfigError('Which model? Give --gin_file=gin/experiments/quickstart.gin, or another of that folder.')
-  if flags.search and flags.run_mode != 'plan':
-    raise ConfigError('--search goes with --run_mode=plan.')
+  if flags.search and flags.run_mode not in ('plan', 'advise'):
+    raise ConfigError('--search goes with --run_mode=plan and --run_mode=advise.')
   if flags.teacher and flags.run_mode != 'train':
     raise ConfigError('--teacher goes with --run_mode=train.')
   if flags.run_mode == 'sweep':
@@ -241,6 +243,8 @@ def run(flags: argparse.Namespace, bindings: list[str]) -> None:
   learned_from = load_teacher(flags, bindings) if flags.teacher else None
   given = {'dry_run': flags.dry_run or None, 'prompts': flags.prompt, 'output': flags.output}
   given['teacher'] = learned_from
+  if flags.search and flags.run_mode == 'advise':
+    given['plan'] = functools.partial(plan_advised, flags, pathlib.Path(gin.query_parameter('%MODEL_DIR')))
   given |= {'source': flags.source, 'target': flags.target, 'path': flags.path}
   given['profile_steps'] = flags.profile_steps
   given = {name: value for name, value in given.items() if value is not None}
@@ -251,7 +255,7 @@ def run(flags: argparse.Namespace, bindings: list[str]) -> None:
   if 'config' in accepted:
     given['config'] = gin.config_str()
   result = gin.get_configurable(function)(**given)
-  if flags.search:
+  if flags.search and flags.run_mode == 'plan':
     search_plans(flags, bindings, result)
 
 
@@ -288,6 +292,17 @@ def search_plans(flags: argparse.Namespace, bindings: list[str], first: dict[str
   (model_dir / 'search.json').write_text(json.dumps(ranked, indent=2))
   plan_page.show_search(ranked)
   print(f'search: {model_dir / "search.json"}')
+
+
+def plan_advised(flags: argparse.Namespace, folder: pathlib.Path, bound: Mapping[str, Any]) -> dict[str, Any]:
+  """The compile plan of a model that might be advised."""
+  from moe_jax.runs import advise, plan
+
+  gin.clear_config()
+  place = folder / f'plan_{len(list(folder.glob("plan_*")))}'
+  more = [f'{name} = {value!r}' for name, value in {**bound, 'MODEL_DIR': str(place)}.items()]
+  parse_gin('plan', [advise.EXPERIMENT], more, flags.gin_search_paths.split(','))
+  return gin.get_configurable(plan.plan)(config=gin.config_str())
 
 
 def run_sweep(flags: argparse.Namespace, bindings: list[str]) -> None:

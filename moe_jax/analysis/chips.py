@@ -4,6 +4,7 @@ Figures of compute, memory and links are those of "How to Scale Your Model" (Aus
 """
 
 import dataclasses
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -55,6 +56,27 @@ def chip_of(device: jax.Device) -> Chip | None:
   return CHIPS.get(device.device_kind)
 
 
+def _parts(topology: str) -> tuple[int, Chip, str]:
+  """'2*v5e:16x16' -> 2 slices of v5e, of shape '16x16' each."""
+  found = re.fullmatch(r'(?:(\d+)\*)?(\w+):(\d+(?:x\d+)*)', topology)
+  chips = {chip.name: chip for chip in CHIPS.values()}
+  if not found or found[2] not in chips:
+    raise ConfigError(
+      f'TOPOLOGY={topology!r} is not like v5e:16x16 or 2*v5e:16x16, with one of {", ".join(sorted(chips))}.'
+    )
+  return int(found[1] or 1), chips[found[2]], found[3]
+
+
+def read_topology(topology: str) -> tuple[Chip, int]:
+  """The chip, and how many of them, by the name alone.
+
+  Raises:
+    ConfigError: if it is not like 'v5e:16x16'.
+  """
+  slices, chip, shape = _parts(topology)
+  return chip, slices * math.prod(map(int, shape.split('x')))
+
+
 def topology_devices(topology: str) -> Sequence[jax.Device]:
   """Devices to compile for, by libtpu, on any machine.
 
@@ -64,12 +86,9 @@ def topology_devices(topology: str) -> Sequence[jax.Device]:
   Raises:
     ConfigError: if there is no such topology, or no libtpu.
   """
-  found = re.fullmatch(r'(?:(\d+)\*)?(\w+):(\d+(?:x\d+)*)', topology)
-  names = sorted(chip.name for chip in CHIPS.values())
-  if not found or found[2] not in names:
-    raise ConfigError(f'TOPOLOGY={topology!r} is not like v5e:16x16 or 2*v5e:16x16, with one of {", ".join(names)}.')
-  slices, name, shape = found.groups()
-  options: dict[str, Any] = {'num_slices': int(slices)} if slices and int(slices) > 1 else {}
+  slices, chip, shape = _parts(topology)
+  name = chip.name
+  options: dict[str, Any] = {'num_slices': slices} if slices > 1 else {}
   if name == 'v4':
     options['chip_config_name'] = 'megacore'  # both cores of a chip as one device, as JAX has it on a real v4
   # libtpu looks for the cloud machine that it runs on, and for other processes that have it open.

@@ -14,6 +14,7 @@ import subprocess
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -235,10 +236,13 @@ def start(row: Row, command: list[str], cores: set[int] | None) -> subprocess.Po
   row |= {'status': 'running', 'tries': row.get('tries', 0) + 1}
   row.pop('error', None)
   with (folder / 'log.txt').open('w') as log:
-    settle = functools.partial(os.sched_setaffinity, 0, cores) if cores else None
-    return subprocess.Popen(
-      command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=settle
+    process = subprocess.Popen(
+      command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
     )
+  if cores:
+    with suppress(ProcessLookupError):  # it is over already
+      os.sched_setaffinity(process.pid, cores)
+  return process
 
 
 def core_shares(jobs: int) -> list[set[int] | None]:

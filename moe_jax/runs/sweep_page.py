@@ -77,9 +77,8 @@ def sweep_report(model_dir: str | Path, output: str | Path | None = None) -> Pat
 def learning_of(row: Mapping[str, Any]) -> Learning:
   """Of a finished run, from its own log."""
   run = load_run(row['model_dir'])
-  losses, times = curve(run, 'cross_entropy', 'validation'), curve(run, 'step_seconds')
-  seconds = np.cumsum(times.values * np.diff(times.steps, prepend=0))
-  return Learning(losses.steps, np.interp(losses.steps, times.steps, seconds), losses.values)
+  losses = curve(run, 'cross_entropy', 'validation')
+  return Learning(losses.steps, losses.steps * curve(run, 'step_seconds').median, losses.values)
 
 
 def label(overrides: Mapping[str, Any]) -> str:

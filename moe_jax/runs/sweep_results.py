@@ -25,7 +25,7 @@ class Learning:
 
   Attributes:
     steps: float64[n].
-    seconds: float64[n], of training until then.
+    seconds: float64[n], of training until then, every step taken to be the median one.
     losses: float64[n], nats per token.
   """
 
