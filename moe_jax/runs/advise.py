@@ -214,8 +214,8 @@ def rules(
     margin, gain = dense.loss - sparse.loss, opinions[0].gain
     verdict = 'below' if margin > 0 else 'above'
     lines.append(Reason(
-      f'The best sparse model, {sparse.experts} experts, is {abs(margin):.3f} nats {verdict} the best dense one; less than'
-      f' {TIE} counts as nothing.', JOINT,
+      f'The best sparse model, {sparse.experts} experts, is {abs(margin):.3f} nats {verdict} the best dense one; less'
+      f' than {TIE} counts as nothing.', JOINT,
     ))  # fmt: skip
     lines.append(Reason(
       f'A dense model needs {gain:.2f} times its FLOPs for the same loss: sparse wins while it runs at more than'
