@@ -103,11 +103,15 @@ def _totals(confidence: np.ndarray, correct: np.ndarray, bins: int, edges: Edges
 def bootstrap_interval(
   statistic: Callable[..., float], *columns: np.ndarray, level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[float, float]:
-  """Percentile interval of a statistic of columns [Q], under questions drawn anew with replacement (Efron 1979)."""
+  """An interval of a statistic of columns [Q], under questions drawn anew with replacement (Efron 1979).
+
+  Its ends are percentiles, less the mean bias of the draws, so that they hold the statistic: chance alone adds to an ECE,
+  the more the fewer the questions, and once more to that of questions drawn anew. A mean has no such bias.
+  """
   generator, questions = np.random.default_rng(seed), len(columns[0])
   draws = (generator.integers(questions, size=questions) for _ in range(resamples))
   values = [statistic(*(column[rows] for column in columns)) for rows in draws]
-  low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+  low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2]) - (np.mean(values) - statistic(*columns))
   return float(low), float(high)
 
 
@@ -120,12 +124,13 @@ def calibration(log_likelihoods: np.ndarray, worth: np.ndarray) -> dict[str, Any
     'brier': (_mean, (brier_scores(chances, worth),)),
     'accuracy': (_mean, (correct,)),
   }
+  intervals = {name: bootstrap_interval(measure, *columns) for name, (measure, columns) in measures.items()}
   table = reliability(confidence, correct)
   return {
     'questions': len(confidence),
     **{name: measure(*columns) for name, (measure, columns) in measures.items()},
     'ece_equal_mass': expected_calibration_error(confidence, correct, edges=equal_mass),
-    'intervals': {name: bootstrap_interval(measure, *columns) for name, (measure, columns) in measures.items()},
+    'intervals': {**intervals, 'ece': tuple(np.maximum(intervals['ece'], 0).tolist())},
     'reliability': {
       name: [None if np.isnan(value) else value for value in column.tolist()]
       for name, column in table._asdict().items()

@@ -1,13 +1,12 @@
 """One self-contained HTML page about a run, or about several overlaid: `report(['runs/quickstart'])`.
 
 Reads what training leaves in a MODEL_DIR: `metrics.jsonl`, and where they are there `summary.json` and `config.gin`.
-Numbers and figures are made here, words in `report.html.j2`. Placeholder colours of figures become CSS variables.
+Numbers and figures are made here, words in `report.html.j2`; sections of other files are made there, as
+`calibration_page` says.
 """
 
-import io
 import itertools
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,16 +14,13 @@ from typing import Any, NamedTuple
 import jinja2
 import matplotlib
 import numpy as np
-from markupsafe import Markup
 from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, ScalarFormatter
 
-_INKS = ('ink', 'muted', 'rule', *(f'run-{i}' for i in range(8)), *(f'depth-{i}' for i in range(8)))
-_COLOR = {name: f'#fe01{i:02x}' for i, name in enumerate(_INKS)}
-_STYLE: dict[Any, Any] = {'svg.fonttype': 'none', 'svg.hashsalt': 'moe_jax', 'text.parse_math': False, 'font.size': 8.5}
-_STYLE |= {key: _COLOR['muted'] for key in ('axes.labelcolor', 'axes.titlecolor', 'xtick.color', 'ytick.color')}
-_STYLE |= {'text.color': _COLOR['ink'], 'xtick.major.size': 0, 'ytick.major.size': 0, 'axes.xmargin': 0}
+from moe_jax.runs import calibration_page
+from moe_jax.runs.drawing import COLOR, STYLE, svg
+
 # Blue to orange, and clear at the centre: a uniform share has the colour of the page, be it light or dark.
 _BLUE, _ORANGE = (0.13, 0.44, 0.71), (0.85, 0.37, 0.08)
 _LOAD_STOPS = [(0.0, (*_BLUE, 0.9)), (0.5, (*_BLUE, 0.0)), (0.5, (*_ORANGE, 0.0)), (1.0, (*_ORANGE, 0.9))]
@@ -88,15 +84,16 @@ def report(model_dirs: Sequence[str | Path], output: str | Path | None = None) -
   runs = [load_run(path) for path in model_dirs]
   if len({run.name for run in runs}) < len(runs):
     runs = [run._replace(name=str(path)) for run, path in zip(runs, model_dirs)]
-  with matplotlib.rc_context(_STYLE):
+  with matplotlib.rc_context(STYLE):
     panels = {'heat': [heat_panel(run) for run in runs], 'lines': {key: line_panel(runs, key) for key in _LINES}}
+    calibration = calibration_page.section([run.name for run in runs], model_dirs)
   jinja = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
   jinja.filters['si'] = lambda value: EngFormatter(places=1, sep='')(value).replace('.0', '').replace('G', 'B')
   jinja.tests['known'] = lambda value: isinstance(value, (int, float)) and value == value
   folder = Path(model_dirs[0]) if len(runs) == 1 else Path(model_dirs[0]).parent
   planned = output is None and (folder / 'plan.html').exists()
   page = jinja.get_template('report.html.j2').render(
-    runs=runs, figures=[key_figures(run) for run in runs], planned=planned, **panels
+    runs=runs, figures=[key_figures(run) for run in runs], planned=planned, calibration=calibration, **panels
   )
   path = Path(output or folder / 'report.html')
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -187,7 +184,7 @@ def heat_panel(run: Run) -> dict[str, Any] | None:
   axes.spines[:].set_visible(False)
   layer, expert = np.unravel_index(np.nanargmax(matrix), matrix.shape)
   facts = {'run': run.name, 'layer': names[layer], 'expert': expert, 'most': most, 'limit': top}
-  return facts | {'idle': np.sum(matrix < 0.1), 'total': np.isfinite(matrix).sum(), 'svg': _svg(axes.figure)}
+  return facts | {'idle': np.sum(matrix < 0.1), 'total': np.isfinite(matrix).sum(), 'svg': svg(axes.figure)}
 
 
 def line_panel(runs: Sequence[Run], key: str) -> dict[str, Any] | None:
@@ -206,7 +203,7 @@ def line_panel(runs: Sequence[Run], key: str) -> dict[str, Any] | None:
   palette = 'run' if len(curves) in (1, len(runs)) else 'depth'
   axes = Figure(figsize=size, layout='constrained').subplots()
   for i, (line, dots) in enumerate(itertools.zip_longest(curves, validation)):
-    color = _COLOR[f'run-{i % 8}' if palette == 'run' else f'depth-{round(7 * i / (len(curves) - 1))}']
+    color = COLOR[f'run-{i % 8}' if palette == 'run' else f'depth-{round(7 * i / (len(curves) - 1))}']
     axes.plot(*line.means(6000 // len(curves)), color=color, linewidth=0.6, alpha=0.35 if palette == 'run' else 0)
     axes.plot(*line.means(50), 'o-' if len(line.steps) == 1 else '-', color=color, linewidth=1.3, markersize=3.5)
     if dots:
@@ -214,7 +211,7 @@ def line_panel(runs: Sequence[Run], key: str) -> dict[str, Any] | None:
     if len(curves) > 1 and np.isfinite(line.last):
       labels.append((line.last, line.label, color))
   for name, height in marks.items():
-    axes.axhline(height, color=_COLOR['muted'], linewidth=0.7, dashes=(4, 3))
+    axes.axhline(height, color=COLOR['muted'], linewidth=0.7, dashes=(4, 3))
     _note(axes, name, 0.99, height, (0, 5), ha='right')
   low, usual, high = np.nanpercentile(np.concatenate([x.values for x in known]), (0, 90, 100))
   # From zero if that is near; and a first step that compiles may leave the axes, lest it flatten the others.
@@ -224,15 +221,15 @@ def line_panel(runs: Sequence[Run], key: str) -> dict[str, Any] | None:
   heights = spread(np.clip([end for end, _, _ in labels], bottom, top), (top - bottom) * 0.14 / (size[1] - 0.5))
   for (_, label, color), height in zip(labels, heights):
     _note(axes, label if len(label) < 33 else f'…{label[-31:]}', 1, height, (10, 0), color=color)
-  axes.figure.suptitle(f'{unit}, by step', x=0, ha='left', size=8.5, color=_COLOR['muted'])
+  axes.figure.suptitle(f'{unit}, by step', x=0, ha='left', size=8.5, color=COLOR['muted'])
   axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
   axes.xaxis.set_major_formatter(EngFormatter(sep=''))
   axes.yaxis.set_major_formatter(EngFormatter(sep='') if high >= 1e4 else ScalarFormatter())
   axes.spines[:].set_visible(False)
-  axes.grid(axis='y', color=_COLOR['rule'], linewidth=0.6)
+  axes.grid(axis='y', color=COLOR['rule'], linewidth=0.6)
   best = min((x for x in validation if np.isfinite(x.last)), key=lambda x: x.last, default=None)
   facts = {'best': best, 'lost': [x.label for x in known if np.isnan(x.values[-1])], 'of': len(known)}
-  return facts | {'top': max(known, key=lambda x: getattr(x, statistic)), 'svg': _svg(axes.figure)}
+  return facts | {'top': max(known, key=lambda x: getattr(x, statistic)), 'svg': svg(axes.figure)}
 
 
 def spread(heights: Sequence[float], gap: float) -> np.ndarray:
@@ -243,13 +240,5 @@ def spread(heights: Sequence[float], gap: float) -> np.ndarray:
 
 def _note(axes: matplotlib.axes.Axes, text: str, x: float, y: float, offset: tuple[float, float], **style: Any) -> None:
   """Writes at x of the axes' width and height y of the data, moved by an offset in points."""
-  style = {'color': _COLOR['muted'], 'va': 'center', 'textcoords': 'offset points'} | style
+  style = {'color': COLOR['muted'], 'va': 'center', 'textcoords': 'offset points'} | style
   axes.annotate(text, (x, y), xycoords=axes.get_yaxis_transform(), xytext=offset, **style)
-
-
-def _svg(figure: Any) -> Markup:
-  """The drawing: CSS variables for placeholder colours, and no ids that another figure of the page may have too."""
-  figure.savefig(buffer := io.StringIO(), format='svg', transparent=True, metadata={'Date': None})
-  svg = buffer.getvalue()
-  svg = re.sub(r' id="\w+_\d+"|<metadata>.*?</metadata>', '', svg[svg.index('<svg') :], flags=re.DOTALL)
-  return Markup(re.sub('|'.join(_COLOR.values()), lambda hex: f'var(--{_INKS[int(hex[0][-2:], 16)]})', svg))

@@ -98,6 +98,20 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
   assert bootstrap_interval(np.mean, samples[0]) == bootstrap_interval(np.mean, samples[0]), 'drawn from one seed'
 
 
+@pytest.mark.parametrize('gap', [0.0, 0.1])
+def test_intervals_of_ece_hold_it_and_what_as_many_questions_have_on_average(gap):
+  """Not 0 for the calibrated: chance alone makes an ECE."""
+  generator = np.random.default_rng(3)
+  average = np.mean([expected_calibration_error(*planted(generator, 400, gap)) for _ in range(400)])
+  hits = 0
+  for _ in range(60):
+    columns = planted(generator, 400, gap)
+    low, high = bootstrap_interval(expected_calibration_error, *columns, resamples=200)
+    assert low <= expected_calibration_error(*columns) <= high
+    hits += low <= average <= high
+  assert hits / 60 > 0.95 - 3 * np.sqrt(0.95 * 0.05 / 60)
+
+
 def test_intervals_draw_questions_and_not_numbers_apart():
   confidence, correct = np.tile([0.5, 1.0], 20), np.tile([0.5, 1.0], 20)
   assert bootstrap_interval(expected_calibration_error, confidence, correct) == (0, 0)
