@@ -105,8 +105,8 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
   """An interval of a statistic of columns [Q], under questions drawn anew with replacement (Efron 1979).
 
-  Its ends are percentiles, less the mean bias of the draws, so that they hold the statistic: chance alone adds to an ECE,
-  the more the fewer the questions, and once more to that of questions drawn anew. A mean has no such bias.
+  Its ends are percentiles, less the mean bias of the draws, so that they hold the statistic. Chance alone adds to an
+  ECE, the more the fewer the questions, and once more to that of questions drawn anew; a mean has no such bias.
   """
   generator, questions = np.random.default_rng(seed), len(columns[0])
   draws = (generator.integers(questions, size=questions) for _ in range(resamples))
