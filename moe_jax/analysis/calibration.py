@@ -119,18 +119,21 @@ def calibration(log_likelihoods: np.ndarray, worth: np.ndarray) -> dict[str, Any
   """Everything above of one task, as JSON has it: measures and their 95% intervals, and the reliability table."""
   chances = probabilities(log_likelihoods)
   confidence, correct = answers(chances, worth)
-  measures: dict[str, tuple[Callable[..., float], tuple[np.ndarray, ...]]] = {
-    'ece': (expected_calibration_error, (confidence, correct)),
-    'brier': (_mean, (brier_scores(chances, worth),)),
-    'accuracy': (_mean, (correct,)),
+  measures: dict[str, tuple[Callable[..., float], tuple[np.ndarray, ...], tuple[float, float]]] = {
+    'ece': (expected_calibration_error, (confidence, correct), (0, 1)),
+    'brier': (_mean, (brier_scores(chances, worth),), (0, 2)),
+    'accuracy': (_mean, (correct,), (np.min(worth), np.max(worth))),
   }
-  intervals = {name: bootstrap_interval(measure, *columns) for name, (measure, columns) in measures.items()}
+  intervals = {
+    name: np.clip(bootstrap_interval(measure, *columns), *limits).tolist()
+    for name, (measure, columns, limits) in measures.items()
+  }
   table = reliability(confidence, correct)
   return {
     'questions': len(confidence),
-    **{name: measure(*columns) for name, (measure, columns) in measures.items()},
+    **{name: measure(*columns) for name, (measure, columns, _) in measures.items()},
     'ece_equal_mass': expected_calibration_error(confidence, correct, edges=equal_mass),
-    'intervals': {**intervals, 'ece': tuple(np.maximum(intervals['ece'], 0).tolist())},
+    'intervals': intervals,
     'reliability': {
       name: [None if np.isnan(value) else value for value in column.tolist()]
       for name, column in table._asdict().items()
