@@ -2,7 +2,8 @@
 
 Each makes a task, bigbench_NAME, and `bigbench` is their mixture. There is nothing to train on, but 'validation' to
 evaluate: by the target scores of the likeliest choice where a task has choices, and by exact match otherwise. The text
-is that of BIG-bench with no examples in front; where choices are listed in it, they are in the file's order.
+is that of BIG-bench with no examples in front, which `few_shot` adds; where choices are listed in it, they are in the
+file's order.
 """
 
 import functools
@@ -75,16 +76,18 @@ class BigBenchFile(seqio.DataSource):
 
   def _of(self, question: int, item: Mapping[str, Any]) -> list[dict[str, Any]]:
     content, scores = self.content, item.get('target_scores', {})
-    inputs = content.get('task_prefix', '') + content.get('example_input_prefix', '\nQ: ') + item['input']
+    instruction = content.get('task_prefix', '')
+    inputs = instruction + content.get('example_input_prefix', '\nQ: ') + item['input']
     if scores and content.get('append_choices_to_input', True):
       inputs += ''.join(content.get('choice_prefix', '\n  choice: ') + choice for choice in scores)
     inputs += content.get('example_output_prefix', '\nA: ')
+    separator = content.get('few_shot_example_separator', '\n')
+    shared = {'inputs': inputs, 'instruction': instruction, 'separator': separator}
     if not self.has_choices:
       targets = [item['target']] if isinstance(item['target'], str) else item['target']
-      return [{'inputs': inputs, 'targets': targets[0], 'references': targets}]
+      return [{**shared, 'targets': targets[0], 'references': targets}]
     return [
-      {'inputs': inputs, 'targets': choice, 'worth': float(worth), 'question': question}
-      for choice, worth in scores.items()
+      {**shared, 'targets': choice, 'worth': float(worth), 'question': question} for choice, worth in scores.items()
     ]
 
 

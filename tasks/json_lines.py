@@ -36,12 +36,21 @@ def read(split: str) -> list[Example]:
   Raises:
     ConfigError: if there are none, or a line is not as it should be.
   """
-  pattern = os.environ.get('JSON_LINES_GLOB', '')
-  paths = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
-  examples = [example for path in paths for example in _file(path) if _split(path, example) == split]
+  examples = _all().get(split, [])
   if not examples:
+    pattern = os.environ.get('JSON_LINES_GLOB', '')
     raise ConfigError(f"JSON_LINES_GLOB={pattern!r} has no line for {split}: name files such as '~/mine/*.jsonl'.")
   return examples
+
+
+def _all() -> dict[str, list[Example]]:
+  """The examples of each split that has any."""
+  pattern = os.environ.get('JSON_LINES_GLOB', '')
+  found: dict[str, list[Example]] = {}
+  for path in sorted(glob.glob(os.path.expanduser(pattern), recursive=True)):
+    for example in _file(path):
+      found.setdefault(_split(path, example), []).append(example)
+  return found
 
 
 def _file(path: str) -> Iterator[Example]:
@@ -93,6 +102,11 @@ class JsonLines(seqio.DataSource):
   def __init__(self, to_columns: Callable[[list[Example]], dict[str, Any]]):
     self._to_columns = to_columns
     super().__init__(splits=('train', 'validation'))
+
+  @property
+  def splits(self) -> tuple[str, ...]:
+    """'validation' alone where all lines are for it."""
+    return ('validation',) if _all().keys() == {'validation'} else self._splits
 
   def list_shards(self, split: str) -> list[str]:
     return ['all']

@@ -15,6 +15,8 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
+from tasks.twins import add_mixtures
+
 SUFFIX = '_sentinels'
 _SENTINEL_TEXT = re.compile(r'^\s*(<extra_id_\d+>|⁇)\s*')  # where a vocabulary has any for it
 
@@ -60,17 +62,7 @@ def add_twins() -> None:
       postprocess_fn=functools.partial(without_sentinel, postprocess=task.postprocess_fn),
       metric_fns=task.metric_fns,
     )
-  for name in sorted(seqio.MixtureRegistry.names()):
-    mixture = seqio.MixtureRegistry.get(name)
-    twins = {f'{task.name}{SUFFIX}': task for task in mixture.tasks}
-    if twins.keys() <= seqio.TaskRegistry.names() and f'{name}{SUFFIX}' not in seqio.MixtureRegistry.names():
-      # Rates are asked for when they are needed, since some count examples.
-      rates = [(twin, functools.partial(_rate, mixture=mixture, task=task)) for twin, task in twins.items()]
-      seqio.MixtureRegistry.add(f'{name}{SUFFIX}', rates)
-
-
-def _rate(twin: seqio.Task, mixture: seqio.Mixture, task: seqio.Task) -> float:
-  return mixture.get_rate(task)
+  add_mixtures(SUFFIX)
 
 
 add_twins()

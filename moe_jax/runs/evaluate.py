@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ def evaluate(
   specialization: int | None = None,
 ) -> list[dict[str, Any]]:
   """Measures checkpoints, and adds one object each to evaluation.jsonl in `model_dir`; optimizer state is not read.
+
+  How sure a model is of its choices goes to calibration.json there, task by task: the latest that was measured of each.
 
   Args:
     model_dir: where the run lives.
@@ -64,14 +67,24 @@ def evaluate(
       result = {'step': step, 'split': split, **{name: np.asarray(value).tolist() for name, value in values.items()}}
       if watcher:
         watcher(step, variables_of(state))
-      answers = measure_tasks(variables_of(state))
+      answers, calibrated = measure_tasks(variables_of(state))
       results.append(result | answers)
       say(f'step {step}: {split} {describe_loss(values)}, accuracy {float(values["accuracy"]):.3f}')
       for name, value in answers.items():
-        say(f'step {step}: {split} {name} {value:.2f}')
+        say(f'step {step}: {split} {name} {value:.4g}')
       if jax.process_index() == 0:
-        with (Path(model_dir).expanduser() / 'evaluation.jsonl').open('a') as file:
+        folder = Path(model_dir).expanduser()
+        with (folder / 'evaluation.jsonl').open('a') as file:
           file.write(json.dumps(results[-1]) + '\n')
+        place = {'step': step, 'split': split}
+        _update(folder / 'calibration.json', {task: place | of for task, of in calibrated.items()})
     if watcher:
       say(f'specialization: {watcher.write(model_dir)}')
   return results
+
+
+def _update(path: Path, found: Mapping[str, Any]) -> None:
+  """Puts these entries into a JSON file, in place of those of the same names."""
+  if found:
+    known = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**known, **found}, indent=1) + '\n')

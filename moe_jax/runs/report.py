@@ -1,7 +1,8 @@
 """One self-contained HTML page about a run, or about several overlaid: `report(['runs/quickstart'])`.
 
 Reads what training leaves in a MODEL_DIR: `metrics.jsonl`, and where they are there `summary.json` and `config.gin`.
-Numbers and figures are made here, words in `report.html.j2`.
+Numbers and figures are made here, words in `report.html.j2`; sections of other files are made there, as
+`calibration_page` and `specialization_page` say.
 """
 
 import itertools
@@ -17,7 +18,7 @@ from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, ScalarFormatter
 
-from moe_jax.runs import specialization_page
+from moe_jax.runs import calibration_page, specialization_page
 from moe_jax.runs.drawing import BLUE, COLOR, ORANGE, STYLE, note, spread, svg
 
 # Clear at the centre: a uniform share has the colour of the page, be it light or dark.
@@ -85,13 +86,14 @@ def report(model_dirs: Sequence[str | Path], output: str | Path | None = None) -
   with matplotlib.rc_context(STYLE):
     panels = {'heat': [heat_panel(run) for run in runs], 'lines': {key: line_panel(runs, key) for key in _LINES}}
     panels['specializations'] = [specialization_page.panels(path) for path in model_dirs]
+    calibration = calibration_page.section([run.name for run in runs], model_dirs)
   jinja = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
   jinja.filters['si'] = lambda value: EngFormatter(places=1, sep='')(value).replace('.0', '').replace('G', 'B')
   jinja.tests['known'] = lambda value: isinstance(value, (int, float)) and value == value
   folder = Path(model_dirs[0]) if len(runs) == 1 else Path(model_dirs[0]).parent
   planned = output is None and (folder / 'plan.html').exists()
   page = jinja.get_template('report.html.j2').render(
-    runs=runs, figures=[key_figures(run) for run in runs], planned=planned, **panels
+    runs=runs, figures=[key_figures(run) for run in runs], planned=planned, calibration=calibration, **panels
   )
   path = Path(output or folder / 'report.html')
   path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ import numpy as np
 from absl import logging
 
 from moe_jax import sharding
+from moe_jax.analysis.calibration import by_question, calibration
 from moe_jax.decode import GREEDY, Strategy
 from moe_jax.objectives import LanguageModeling, Variables
 from moe_jax.runs.infer import compiled_decode, decoded
@@ -54,25 +55,28 @@ class TaskMetrics:
 
   def prepare(
     self, program: Program, objective: LanguageModeling, data: Data, split: str
-  ) -> Callable[[Variables], dict[str, float]]:
+  ) -> Callable[[Variables], tuple[dict[str, float], dict[str, Any]]]:
     """Reads the examples; what it returns measures a model on them, and is compiled once for all checkpoints.
 
     Call both inside `program.activate`. The measures are named task/metric, and 'average' is the mean over tasks of the
-    mean over a task's metrics, as GLUE and SuperGLUE have it; a task without metrics has no measures.
+    mean over a task's metrics, as GLUE and SuperGLUE have it; a task without metrics has no measures. Beside them comes
+    the `calibration` of each task with choices; its task/ece and task/brier are measures too, outside the average.
     """
     limits = {'MAX_NEW_TOKENS': self.max_new_tokens, 'NUM_EXAMPLES': self.num_examples}
     at_least_one(**{name: number for name, number in limits.items() if number is not None})
     evaluator = evaluator_of(data, split, self.num_examples)
     if evaluator is None:
-      return lambda variables: {}
+      return lambda variables: ({}, {})
     writes = compiled_decode(program, data, self.strategy, self.max_new_tokens or data.lengths['targets'])
     rates = jax.jit(functools.partial(scores, objective=objective, score=self.score), out_shardings=program.everywhere)
 
-    def measure(variables: Variables) -> dict[str, float]:
+    def measure(variables: Variables) -> tuple[dict[str, float], dict[str, Any]]:
       predict = functools.partial(predictions, writes, program, variables, data)
       rate = functools.partial(ratings, rates, program, variables, data)
-      found, _ = evaluator.evaluate(compute_metrics=True, predict_fn=predict, score_fn=rate)
-      return flattened(found.result())
+      found, outputs = evaluator.evaluate(compute_metrics=True, predict_fn=predict, score_fn=rate)
+      calibrated = calibrations(evaluator, outputs)
+      errors = {f'{task}/{name}': of[name] for task, of in calibrated.items() for name in ('ece', 'brier')}
+      return flattened(found.result()) | errors, calibrated
 
     return measure
 
@@ -118,6 +122,26 @@ def flattened(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
   """task -> metric -> value as task/metric -> value, and their 'average'."""
   values = {f'{task}/{name}': float(value) for task, found in metrics.items() for name, value in found.items()}
   return {**values, 'average': float(np.mean([np.mean(list(found.values())) for found in metrics.values()]))}
+
+
+def calibrations(evaluator: Any, outputs: Mapping[str, Mapping[Any, Any]]) -> dict[str, dict[str, Any]]:
+  """The `calibration` of each task that was scored, and whose examples say of which 'question' they are a choice.
+
+  Args:
+    evaluator: that of `evaluator_of`; the examples of such tasks have 'question' and 'worth', scalars both.
+    outputs: task -> seqio's kind of output -> an output an example, as `seqio.Evaluator.evaluate` returns them.
+  """
+  import seqio
+
+  found = {}
+  for task, dataset in evaluator.cached_task_datasets.items():
+    scores = outputs[task].get(seqio.metrics.ModelOutputType.SCORE)
+    if scores is not None and {'question', 'worth'} <= dataset.element_spec.keys():
+      rows = list(dataset.as_numpy_iterator())
+      questions = [int(row['question']) for row in rows]
+      log_likelihoods = by_question(questions, scores, -np.inf)
+      found[task] = calibration(log_likelihoods, by_question(questions, [float(row['worth']) for row in rows], 0.0))
+  return found
 
 
 def scores(variables: Variables, batch: Batch, *, objective: LanguageModeling, score: Score) -> Array:

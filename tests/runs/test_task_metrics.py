@@ -102,7 +102,7 @@ def test_a_mixture_is_measured_task_by_task_and_on_average(make_data):
     rows = [(int(number), row['decoder_target_tokens'][row['decoder_loss_weights'] > 0]) for number, row in dataset]
     return [(number, float(chr(tokens[0] - 3) in 'aeiou')) for number, tokens in rows]
 
-  found, _ = evaluator.evaluate(compute_metrics=True, predict_fn=predict, score_fn=score)
+  found, outputs = evaluator.evaluate(compute_metrics=True, predict_fn=predict, score_fn=score)
   values = task_metrics.flattened(found.result())
   right = 9  # 'one' of 'one' and 'many'; 'yes' and 'no' tie, and the first counts; 'a' comes before 'bcd'
   assert values == {
@@ -111,6 +111,13 @@ def test_a_mixture_is_measured_task_by_task_and_on_average(make_data):
     'local_docstring_name/word_f1': 50,
     'average': pytest.approx((100 * right / 11 + 50) / 2),
   }
+  # 'one', 'a' and 'e' weigh e, the others 1; and names have no choices to be sure of.
+  calibrated = task_metrics.calibrations(evaluator, outputs)
+  assert list(calibrated) == ['json_lines_score_eval']
+  number, letter = np.e / (np.e + 1), np.e / (2 * np.e + 1)
+  expected = {'questions': 11, 'accuracy': right / 11, 'ece': (9 * (1 - number) + 0.5 + letter) / 11}
+  expected['brier'] = (9 * 2 * (1 - number) ** 2 + 0.5 + 2 * letter**2 + (1 - letter / np.e) ** 2) / 11
+  assert {name: calibrated['json_lines_score_eval'][name] for name in expected} == pytest.approx(expected)
 
 
 def test_examples_can_be_fewer_and_there_need_be_none(make_data):
@@ -157,6 +164,16 @@ def test_evaluation_writes_them_beside_the_objective_s(run, tmp_path):
   data, objective, program, state = run
   with program.activate(), Checkpointer(tmp_path) as checkpointer:
     checkpointer.save(state, data.batches(program.mesh, 'validation'))
+  (tmp_path / 'calibration.json').write_text('{"another": 1, "json_lines_score_eval": 2}')
   (result,) = evaluate(str(tmp_path), objective, data, DEVICES, task_metrics=TaskMetrics(num_examples=4))
   assert json.loads((tmp_path / 'evaluation.jsonl').read_text()) == result
   assert {'cross_entropy', 'json_lines_score_eval/accuracy', 'local_docstring_name/word_f1', 'average'} <= set(result)
+  name = 'json_lines_score_eval'
+  written = np.mean([result[f'local_docstring_name/{of}'] for of in ('exact_match', 'word_f1')])
+  assert result['average'] == pytest.approx(np.mean([result[f'{name}/accuracy'], written])), 'of percents alone'
+  found = json.loads((tmp_path / 'calibration.json').read_text())
+  assert found.keys() == {'another', name}, 'other evaluations keep theirs'
+  assert found['another'] == 1 and (found[name]['step'], found[name]['split']) == (0, 'validation')
+  assert [found[name][of] for of in ('ece', 'brier')] == [result[f'{name}/{of}'] for of in ('ece', 'brier')]
+  assert found[name]['accuracy'] == pytest.approx(result[f'{name}/accuracy'] / 100)
+  assert sum(found[name]['reliability']['questions']) == found[name]['questions'] == 2, 'of four choices'
