@@ -7,7 +7,12 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from moe_jax import sharding
-from moe_jax.analysis.flops import count_flops, model_flops
+from moe_jax.analysis.flops import count_flops, forward_flops, model_flops
+from moe_jax.analysis.parameters import Exchange, dispatch_bytes, exchanged_bytes_per_token, exchanges
+from moe_jax.moe.dispatchers.all_to_all import all_to_all
+from moe_jax.moe.dispatchers.einsum import einsum
+from moe_jax.moe.dispatchers.gather import gather
+from moe_jax.moe.dispatchers.ragged import Ragged
 from moe_jax.objectives import LanguageModeling
 from moe_jax.training.step import gradients
 from tests import tiny
@@ -59,3 +64,56 @@ def test_a_training_step_takes_what_its_model_needs_and_little_more(mesh, remat)
   assert 1 < taken / needed < 2.5
   if remat == 'full':
     assert taken / needed > 4 / 3
+
+
+def shapes(batch):
+  return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}
+
+
+PARTS = {  # of tiny.decoder_only, a token: 4 layers, width 32, 4 heads of 8, sequences of 32, 64 words
+  'attention': 4 * (2 * 4 * 32 * 32 + 2 * 2 * 32 * 32),  # four projections; scores, and their sums of values
+  'dense': 2 * 3 * 2 * 32 * 64,
+  'logits': 2 * 32 * 64,
+}
+
+
+@pytest.mark.parametrize('scan', [True, False])
+@pytest.mark.parametrize(
+  'dispatcher', [einsum, gather, all_to_all, Ragged()], ids=lambda d: getattr(d, '__name__', 'ragged')
+)
+def test_the_parts_of_a_forward_pass(mesh, dispatcher, scan):
+  """Of 2 layers that are sparse: 8 experts of 32 hidden units, 2 of them chosen."""
+  model, batch = tiny.decoder_only(dispatcher, scan=scan), shapes(tiny.batch())
+  with sharding.activate(mesh(data=2, expert=4), sharding.replicated_rules()):
+    found = forward_flops(model, batch)
+  length = batch['decoder_input_tokens'].shape[1]
+  attention = 4 * (2 * 4 * 32 * 32 + 2 * 2 * 32 * length)
+  exact = PARTS | {'attention': attention}
+  assert {part: found.by_part[part] for part in exact} == exact
+  assert found.by_part['router'] >= 2 * 2 * 32 * 8  # the logits, and counts for the losses
+  assert (found.by_part.get('dispatch', 0) > 0) == (dispatcher is einsum)
+  chosen = 2 * 2 * (3 * 2 * 32 * 32)
+  assert found.active == sum(exact.values()) + found.by_part['router'] + chosen
+  assert found.total == sum(found.by_part.values())
+  slots = 2 * 8 * 4 / 16  # two choices, of 16 tokens, and 4 slots in each of 8 experts
+  if dispatcher is not einsum and not isinstance(dispatcher, Ragged):
+    assert found.by_part['experts'] == chosen * slots / 4
+  dense = forward_flops(tiny.decoder_only(expert_every=0), batch)
+  assert dense.by_part == exact | {'dense': 2 * PARTS['dense']} and dense.active == dense.total
+
+
+def test_what_goes_to_other_devices(mesh):
+  """2 layers send the rows of the experts of three devices of four, of 32 float32 each, out and home."""
+  batch = shapes(tiny.batch())
+  for scan in (True, False):
+    with sharding.activate(mesh(data=2, expert=4), sharding.replicated_rules()):
+      layers = exchanges(tiny.decoder_only(all_to_all, scan=scan), batch)
+      tokens = batch['decoder_input_tokens'].size // sharding.shards('batch')
+      sent = exchanged_bytes_per_token(layers, tokens)
+    assert sum(layer.repeats for layer in layers) == 2
+    rows = {layer.rows for layer in layers}
+    assert rows == {tokens // 16 * 8 * 4} or len(rows) == 1
+    assert sent == 2 * 2 * rows.pop() * 32 * 4 * 3 / 4 / tokens
+  assert dispatch_bytes([Exchange(1, 10, 4), Exchange(9, 8, 4)]) == 2 * 10 * 4
+  with sharding.activate(mesh(), sharding.replicated_rules()):
+    assert exchanged_bytes_per_token(layers, tokens) == 0
