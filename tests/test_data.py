@@ -265,3 +265,10 @@ def test_tokens_become_text_and_padding_none():
   vocabulary = data.vocabulary('local_text_span_corruption', MODULES)
   assert vocabulary.vocab_size == 359
   assert data.text_of([*vocabulary.encode('naïve'), 358, 1, 100, 0], vocabulary) == 'naïve<1>'
+
+
+def test_tokens_as_text_to_look_at():
+  vocabulary = seqio.ByteVocabulary(extra_ids=2)
+  texts = data.token_texts(vocabulary)
+  assert len(texts) == vocabulary.vocab_size and texts[:3] == ('<id 0>', '<id 1>', '<id 2>')
+  assert (texts[3 + ord('a')], texts[3 + ord(' ')], texts[3 + 0xC3], texts[-2:]) == ('a', ' ', '\\xc3', ('<2>', '<1>'))

@@ -6,9 +6,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 from markupsafe import Markup
+from matplotlib.axes import Axes
 
 _INKS = ('ink', 'muted', 'rule', *(f'run-{i}' for i in range(8)), *(f'depth-{i}' for i in range(8)))
 COLOR = {name: f'#fe01{i:02x}' for i, name in enumerate(_INKS)}
@@ -24,7 +24,7 @@ def spread(heights: Sequence[float], gap: float) -> np.ndarray:
   return spread - np.mean(spread - heights) if len(spread) else spread
 
 
-def note(axes: matplotlib.axes.Axes, text: str, x: float, y: float, offset: tuple[float, float], **style: Any) -> None:
+def note(axes: Axes, text: str, x: float, y: float, offset: tuple[float, float], **style: Any) -> None:
   """Writes at x of the axes' width and height y of the data, moved by an offset in points."""
   style = {'color': COLOR['muted'], 'va': 'center', 'textcoords': 'offset points'} | style
   axes.annotate(text, (x, y), xycoords=axes.get_yaxis_transform(), xytext=offset, **style)

@@ -172,6 +172,8 @@ def collected(batches: Sequence[Mapping[str, Any]]) -> Seen:
     side: {key: joined(side, [x['tokens'][side][key] for x in batches]) for key in batches[0]['tokens'][side]}
     for side in sides
   }
+  for told in tokens.values():
+    del told['real']  # all of them are
   layers = {}
   for name in sorted(batches[0]['layers'], key=_depth):
     seen = [batch['layers'][name] for batch in batches]

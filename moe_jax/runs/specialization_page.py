@@ -37,7 +37,8 @@ def panels(model_dir: str | Path) -> dict[str, Any] | None:
     'experts': most_specialised(found),
     'overlaps': [overlap_panel(found, side) for side, x in found['sides'].items() if len(x['layers']) > 1],
     'stability': stability_panel(found) if len(found['stability']['steps']) > 1 else None,
-    'dropped': dropped_panel(found) if dropped else None,
+    'dropped': dropped_panel(found, 'kind') if dropped else None,
+    'dropped_late': dropped_panel(found, 'position') if dropped else None,
   }
 
 
@@ -59,7 +60,7 @@ def association_panel(found: Found) -> dict[str, Any]:
     shares = [layer['associations'].get(key, {}).get('share', np.nan) for layer in layers.values()]
     axes.barh(range(len(layers)), np.maximum(shares, 0), height=0.6, color=colors)
     for row, share in enumerate(shares):
-      text = f'{100 * share + 0:.0f}%' if np.isfinite(share) else ''
+      text = f'{round(100 * share)}%' if np.isfinite(share) else ''
       axes.annotate(text, (max(share, 0), row), xytext=(3, 0), textcoords='offset points', va='center', size=7.5)
     axes.set(xlim=(0, right), xticks=[], yticks=range(len(layers)), yticklabels=map(label, layers))
     axes.set_ylim(len(layers) - 0.5, -0.5)
@@ -98,7 +99,7 @@ def heat(matrix: np.ndarray, rows: Sequence[str], columns: Sequence[str]) -> Mar
   axes = Figure(figsize=(6.6, height), layout='constrained').subplots()
   axes.imshow(matrix, _HEAT, vmin=0, vmax=max(np.nanmax(matrix), 0.05), aspect='auto', interpolation='none')
   for (row, column), share in np.ndenumerate(matrix if max(matrix.shape) <= 16 else matrix[:0]):
-    axes.text(column, row, f'{100 * share + 0:.0f}%' if np.isfinite(share) else '', ha='center', va='center', size=8)
+    axes.text(column, row, f'{round(100 * share)}%' if np.isfinite(share) else '', ha='center', va='center', size=8)
   axes.set(yticks=range(len(rows)), yticklabels=rows, xticks=range(len(columns)), xticklabels=columns)
   axes.spines[:].set_visible(False)
   return svg(axes.figure)
@@ -153,18 +154,20 @@ def stability_panel(found: Found) -> dict[str, Any]:
   }
 
 
-def dropped_panel(found: Found) -> dict[str, Any]:
-  """Of each layer, the choices of each kind of token that found their expert full."""
+def dropped_panel(found: Found, key: str) -> dict[str, Any]:
+  """Of each layer, the choices that found their expert full, by 'kind' of token or by 'position'."""
   layers = found['layers']
-  kinds = list(next(iter(layers.values()))['dropped_share_by_kind'])
-  matrix = np.array([[x['dropped_share_by_kind'][kind] for kind in kinds] for x in layers.values()], float)
+  shares = [layer[f'dropped_share_by_{key}'] for layer in layers.values()]
+  columns = list(shares[0]) if key == 'kind' else [str(part) for part in range(1, len(shares[0]) + 1)]
+  matrix = np.array([list(row.values()) if key == 'kind' else row for row in shares], float)
   there = np.any(np.isfinite(matrix), axis=0)
-  matrix, kinds = matrix[:, there], [kind for kind, some in zip(kinds, there) if some]
+  matrix, columns = matrix[:, there], [column for column, some in zip(columns, there) if some]
   row, column = np.unravel_index(np.nanargmax(matrix), matrix.shape)
   return {
     'most': np.nanmax(matrix),
-    'kind': kinds[column],
+    'where': columns[column],
     'layer': label(list(layers)[row]),
     'mean': np.mean([layer['dropped_share'] for layer in layers.values()]),
-    'svg': heat(matrix, [label(name) for name in layers], kinds),
+    'means': np.nanmean(matrix, axis=0),
+    'svg': heat(matrix, [label(name) for name in layers], columns),
   }

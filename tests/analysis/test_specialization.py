@@ -80,6 +80,7 @@ def test_experts_by_chance_tell_nothing(rng, ids):
     assert found.bits > 0.001  # a finite sample looks related
     assert abs(found.bits - found.baseline_bits) < 4 * found.deviation_bits
     assert abs(found.share) < 0.01
+    assert np.all(np.abs(found.column_bits) < 0.02)  # chance is taken off that of each expert too
 
 
 @pytest.mark.parametrize('size', [16, len(KINDS)], ids=['by position', 'by kind'])

@@ -22,9 +22,9 @@ SPECIAL = [i >= 50 for i in range(tiny.VOCAB)]
 SHALLOW = {'expert_every': 1, 'num_layers': 2}
 
 
-def seen_of(model, batches=2, variables=None, **batch):
+def seen_of(model, batches=2, variables=None, extra=None, **batch):
   """What is seen of a model that nothing has taught, over some batches."""
-  batches = [tiny.batch(seed=seed, **batch) for seed in range(batches)]
+  batches = [tiny.batch(seed=seed, **batch) | (extra or {}) for seed in range(batches)]
   variables = variables or jax.jit(model.init)(jax.random.key(0), batches[0])
   look = jax.jit(functools.partial(watch, objective=LanguageModeling(model)))
   return collected([jax.device_get(look(variables, batch)) for batch in batches])
@@ -44,6 +44,7 @@ def test_hashes_are_told_by_the_token_and_by_nothing_else(scan):
   table = random_table(8, tiny.VOCAB)
   for name, layer in seen.layers.items():
     np.testing.assert_array_equal(layer.first, table[seen.tokens[name.split('/')[0]]['ids']])
+    assert set(found[name]) == {'token', 'previous', 'position', 'kind'}
     np.testing.assert_allclose(found[name]['token'], 1)
     assert abs(found[name]['position']) < 0.02 and abs(found[name]['previous']) < 0.05
   layer = summary(seen, TEXTS, SPECIAL)['layers']['decoder/moe/1']
@@ -78,8 +79,11 @@ def test_scanned_and_unrolled_layers_are_seen_alike():
 def test_padding_is_left_out_and_a_text_begins_with_nothing_before_it():
   batch = tiny.batch(seed=0)
   real = batch['decoder_segment_ids'] > 0
-  seen = seen_of(tiny.decoder_only(**SHALLOW), batches=1)
+  tasks = np.arange(1, 33, dtype=np.int32)[:, None] * real
+  seen = seen_of(tiny.decoder_only(**SHALLOW), batches=1, extra={'decoder_task_ids': tasks})
   tokens = seen.tokens['decoder']
+  np.testing.assert_array_equal(tokens['task'], tasks[real])
+  assert 'task' in shares_of(seen)['decoder/stack_0/moe/0']
   np.testing.assert_array_equal(tokens['ids'], batch['decoder_input_tokens'][real])
   np.testing.assert_array_equal(tokens['previous'] < 0, batch['decoder_positions'][real] == 0)
   np.testing.assert_array_equal(tokens['previous'][1:20], tokens['ids'][:19])

@@ -68,7 +68,7 @@ def test_planted_structure_shows(looked_at):
   folder = looked_at(100, 200)
   found = panels(folder)
   assert found['associations']['best_key'] == 'token' and found['associations']['best_layer'].endswith('· moe · 0')
-  assert found['dropped']['kind'] == 'whitespace' and found['dropped']['layer'].endswith('· moe · 1')
+  assert found['dropped']['where'] == 'whitespace' and found['dropped']['layer'].endswith('· moe · 1')
   assert [x['side'] for x in found['overlaps']] == ['encoder', 'decoder']
   assert all(abs(x['mean']) < 0.01 for x in found['overlaps'])
   assert found['stability']['least'] == 1 and abs(found['stability']['chance'] - 1 / E) < 0.01
