@@ -32,6 +32,7 @@ Row = dict[str, Any]
 HOLDS = ('flops', 'parameters', 'time', 'steps')
 TRIES = 2  # of a run, in one sweep
 TIMED_STEPS = 12  # of each model, where step times are to be known beforehand
+TICK = 0.5  # seconds
 WIDTHS = 8  # hidden widths of experts are multiples of this
 
 
@@ -196,14 +197,16 @@ def run_all(todo: Sequence[Row], command_of: Callable[[Row], list[str]], jobs: i
     signal.signal(sign, _interrupt)
   try:
     while waiting or running:
-      for slot in [slot for slot in range(jobs) if slot not in running and waiting]:
+      for slot in set(range(jobs)) - set(running):
+        if not waiting:
+          break
         row = waiting.popleft()
         if collect(row):  # by another process, perhaps
-          changed()
-        elif someone_has(Path(row['model_dir'])):
-          waiting.append(row)  # of a sweep that was killed: its runs go on without it
-        else:
-          running[slot] = row, start(row, command_of(row), shares[slot])
+          continue
+        if someone_has(Path(row['model_dir'])):  # a sweep that was killed: its runs go on without it
+          waiting.append(row)
+          continue
+        running[slot] = row, start(row, command_of(row), shares[slot])
       for slot, (row, process) in list(running.items()):
         if (code := process.poll()) is not None:
           del running[slot]
@@ -212,7 +215,7 @@ def run_all(todo: Sequence[Row], command_of: Callable[[Row], list[str]], jobs: i
             if row['tries'] < TRIES:
               waiting.append(row)
       changed()
-      time.sleep(1.0)
+      time.sleep(TICK)
   except KeyboardInterrupt:
     say('\nStopping; the same command goes on from here.')
     raise

@@ -3,6 +3,7 @@
 import json
 import shlex
 
+import gin
 import pytest
 
 import run
@@ -14,6 +15,7 @@ pytestmark = pytest.mark.usefixtures('fresh_gin')
 
 
 def advised(tmp_path, *bound):
+  gin.clear_config()
   assert run.main(['--debug', '--run_mode=advise', f"--gin.MODEL_DIR='{tmp_path}'", *bound]) == 0
   return json.loads((tmp_path / 'advice.json').read_text())
 
@@ -31,6 +33,7 @@ def test_one_host_for_a_week(tmp_path, capsys):
 def test_the_command_builds(tmp_path):
   found = advised(tmp_path, "--gin.TOPOLOGY='v5e:2x4'", '--gin.HOURS=0.05')
   command = shlex.split(found['command'])[2:]
+  gin.clear_config()
   assert run.main(['--debug', *command, '--gin.FAKE_DEVICES=8', '--dry_run']) == 0
 
 

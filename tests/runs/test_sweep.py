@@ -88,10 +88,11 @@ def test_names_tell_runs_apart_whatever_the_order(one, other):
 
 
 def size(overrides):
-  """Of made-up models: a dense layer of 1000 parameters, or experts of the width that they are given."""
+  """Of made-up models: 500 parameters, and 25 for each hidden unit of the dense layer, which has 160, or of an expert."""
   experts, dense = overrides.get('NUM_EXPERTS', 1), overrides.get('EXPERT_EVERY') == 0
-  width = 0 if dense else overrides.get('EXPERT_MLP_DIM', 40)
-  total, active = (500 + 1000, 1500) if dense else (500 + 25 * width * experts, 500 + 25 * width + 10 * experts)
+  width = 160 if dense else overrides.get('EXPERT_MLP_DIM', 160)
+  total = 500 + 25 * width * (1 if dense else experts)
+  active = 500 + 25 * width + (0 if dense else 10 * experts)
   return {
     'parameters': total,
     'active_parameters': active,
@@ -109,22 +110,22 @@ def plan(overrides, hold, timed=None):
 @pytest.mark.parametrize('experts', [2, 8, 32])
 def test_equal_flops_are_equal_to_half_a_step(experts):
   reference, row = size({'EXPERT_EVERY': 0}), plan({'NUM_EXPERTS': experts}, 'flops')
-  budget = 3 * 2 * 1500 * 100 * 500
+  budget = 3 * 2 * 4500 * 100 * 500
   assert row['flops'] == pytest.approx(budget, abs=sweep.training_flops(size({'NUM_EXPERTS': experts})) / 2)
   assert row['flops'] == row['flops_per_token'] * row['tokens'] and row['tokens'] == 100 * row['steps']
   assert plan({'EXPERT_EVERY': 0}, 'flops')['steps'] == reference['train_steps']
   assert plan({'NUM_EXPERTS': experts}, 'steps')['steps'] == 500
 
 
-@pytest.mark.parametrize('experts', [1, 2, 5])
+@pytest.mark.parametrize('experts', [2, 5])
 def test_equal_parameters_are_found_by_the_width_of_experts(experts):
   row = plan({'NUM_EXPERTS': experts}, 'parameters')
-  assert row['held'] == {'TRAIN_STEPS': 500, 'EXPERT_MLP_DIM': 40 // experts}
-  assert row['parameters'] == 1500
+  assert row['held'] == {'TRAIN_STEPS': 500, 'EXPERT_MLP_DIM': 160 // experts}
+  assert row['parameters'] == 4500
 
 
 def test_parameters_that_cannot_be_equal_are_refused():
-  with pytest.raises(ConfigError, match='cannot have the 1,500 parameters'):
+  with pytest.raises(ConfigError, match='cannot have the 4,500 parameters'):
     plan({'NUM_EXPERTS': 30}, 'parameters')
   with pytest.raises(ConfigError, match='cannot be swept'):
     plan({'EXPERT_MLP_DIM': 8, 'NUM_EXPERTS': 2}, 'parameters')
