@@ -13,7 +13,7 @@ import signal
 import subprocess
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from moe_jax.runs.progress import say
 from moe_jax.runs.report import curve, load_run
 from moe_jax.runs.setup import at_least_one, locked, open_model_dir
 from moe_jax.runs.sweep_grid import Overrides, files_axis, grid, name_of, parse_axis
+from moe_jax.runs.sweep_results import read_rows
 from moe_jax.runs.sweep_table import LiveTable
 from moe_jax.types import ConfigError
 
@@ -321,9 +322,8 @@ def begin(folder: Path, settings: Mapping[str, Any], config: str) -> None:
 
 
 def read(folder: Path) -> list[Row]:
-  """The runs so far; a sweep that was killed left none half written."""
-  path = folder / 'sweep.jsonl'
-  rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+  """The runs so far. What a killed sweep left running is planned again: whether it is finished its own folder says."""
+  rows = read_rows(folder)
   for row in rows:
     row['tries'] = 0
     if row['status'] == 'running':
@@ -336,8 +336,3 @@ def write(folder: Path, rows: Sequence[Row]) -> None:
   temporary = folder / 'sweep.jsonl.tmp'
   temporary.write_text(''.join(json.dumps(row) + '\n' for row in rows))
   os.replace(temporary, folder / 'sweep.jsonl')
-
-
-def done(folder: Path) -> Iterator[Row]:
-  """The runs that are finished."""
-  return (row for row in read(folder) if row['status'] == 'done')

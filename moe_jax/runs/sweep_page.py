@@ -37,7 +37,7 @@ def sweep_report(model_dir: str | Path, output: str | Path | None = None) -> Pat
     ConfigError: if no run is finished.
   """
   folder = Path(model_dir)
-  rows = [json.loads(line) for line in (folder / 'sweep.jsonl').read_text().splitlines()]
+  rows = sweep_results.read_rows(folder)
   finished = [row for row in rows if row['status'] == 'done']
   if not finished:
     raise ConfigError(f'{folder}: no run of the sweep is finished. Its own command goes on with it.')

@@ -67,6 +67,13 @@ class Cell:
     return float(np.mean([row[key] for row in self.rows]))
 
 
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+  """The runs of sweep.jsonl, none if it is not there yet, each with its own folder, wherever the sweep's is now."""
+  path = folder / 'sweep.jsonl'
+  rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+  return [{**row, 'model_dir': str(folder / 'runs' / row['name'])} for row in rows]
+
+
 def cells(rows: Sequence[Row], learning: Mapping[str, Learning]) -> list[Cell]:
   """Finished runs by what they are, in the order of the first of each.
 

@@ -207,10 +207,10 @@ call(pathlib.Path({folder!r}), jobs=2, seconds=0.5)
 
 
 def test_an_interruption_loses_and_repeats_nothing_that_was_finished(tmp_path):
-  """Killed again and again, at whatever moment: a run that ended is never started again, and in the end all are there."""
+  """Killed again and again, at whatever moment: what ended is never started again, and in the end all is there."""
   code = textwrap.dedent(KILLED).format(root=str(ROOT), folder=str(tmp_path))
   rng = np.random.default_rng(0)
-  for i in range(8):
+  for i in range(4):
     process = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     journal, begun = tmp_path / 'sweep.jsonl', time.monotonic()
     was = journal.stat().st_mtime_ns if journal.exists() else 0
@@ -267,7 +267,7 @@ def test_commands_can_be_had_instead(tmp_path):
 def test_a_sweep_that_trains(tmp_path, monkeypatch, capsys):
   corpus = tmp_path / 'corpus'
   corpus.mkdir()
-  for i in range(8):
+  for i in range(4):
     (corpus / f'{i}.py').write_text(f'def f{i}(x):\n  return x + {i}\n\n\n' * 200)
   monkeypatch.setenv('LOCAL_TEXT_GLOB', str(corpus / '*.py'))
   folder = tmp_path / 'sweep'
