@@ -194,8 +194,8 @@ def run_all(todo: Sequence[Row], command_of: Callable[[Row], list[str]], jobs: i
   waiting, running = deque(row for row in todo if not collect(row)), {}
   changed()
   shares = core_shares(jobs)
-  for sign in (signal.SIGTERM, signal.SIGINT):  # a shell's background jobs ignore the latter
-    signal.signal(sign, _interrupt)
+  # A shell's background jobs ignore SIGINT.
+  before = {sign: signal.signal(sign, _interrupt) for sign in (signal.SIGTERM, signal.SIGINT)}
   try:
     while waiting or running:
       for slot in set(range(jobs)) - set(running):
@@ -227,6 +227,8 @@ def run_all(todo: Sequence[Row], command_of: Callable[[Row], list[str]], jobs: i
     for _, process in running.values():
       process.wait()
     changed()
+    for sign, handler in before.items():
+      signal.signal(sign, handler)
 
 
 def _interrupt(number: int, frame: Any) -> None:
