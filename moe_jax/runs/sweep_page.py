@@ -125,7 +125,10 @@ def gain_panel(found: Sequence[Cell]) -> dict[str, Any] | None:
   axes.set(xlabel=names[1], ylabel=names[0])
   axes.spines[:].set_visible(False)
   best = max(sparse, key=lambda cell: np.mean(cell.gains))
-  return {'best': best, 'label': label(best.overrides), 'svg': svg(axes.figure)}
+  threshold = 2 * 2**0.5 * sweep_results.noise(found)
+  told = [np.mean(cell.gains) for cell in sparse if abs(np.mean(cell.gains)) > threshold]
+  facts = {'of': len(sparse), 'below': sum(x > 0 for x in told), 'above': sum(x < 0 for x in told)}
+  return {**facts, 'threshold': threshold, 'best': best, 'label': label(best.overrides), 'svg': svg(axes.figure)}
 
 
 def _in_order(values: list[Any]) -> list[Any]:
