@@ -12,13 +12,15 @@ import importlib
 import inspect
 import json
 import logging
+import multiprocessing
 import os
 import pathlib
 import re
 import signal
 import sys
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
@@ -69,8 +71,8 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
   parser.add_argument(
     '--sweep_gin', action='append', default=[], help='sweep: an axis of gin files, "gin/routers/*.gin"'
   )
-  parser.add_argument('--hold', default='flops', help='sweep: what runs have alike: flops, parameters, time, steps')
-  parser.add_argument('--jobs', type=int, default=1, help='sweep: runs at a time')
+  parser.add_argument('--hold', help='sweep: what runs have alike: flops (as usual), parameters, time, steps')
+  parser.add_argument('--jobs', type=int, help='sweep: runs at a time, each on its share of the cores')
   parser.add_argument('--commands', help='sweep: write the command lines there, - prints them, and run nothing')
   parser.add_argument('--output', help='infer, report: where to write')
   parser.add_argument('--profile_steps', help='train: FIRST:LAST, steps to trace with the profiler')
@@ -236,6 +238,7 @@ def run(flags: argparse.Namespace, bindings: list[str]) -> None:
     raise ConfigError('--search goes with --run_mode=plan and --run_mode=advise.')
   if flags.teacher and flags.run_mode != 'train':
     raise ConfigError('--teacher goes with --run_mode=train.')
+  check_sweep_flags(flags)
   if flags.run_mode == 'sweep':
     run_sweep(flags, bindings)
     return
@@ -305,37 +308,68 @@ def plan_advised(flags: argparse.Namespace, folder: pathlib.Path, bound: Mapping
   return gin.get_configurable(plan.plan)(config=gin.config_str())
 
 
+def check_sweep_flags(flags: argparse.Namespace) -> None:
+  """Raises ConfigError where flags of sweeps and of single runs are mixed."""
+  own = [name for name in ('sweep', 'sweep_gin', 'hold', 'jobs', 'commands') if getattr(flags, name)]
+  others = ('dry_run', 'profile_steps', 'prompt', 'output', 'distributed', 'coordinator_address')
+  if flags.run_mode != 'sweep' and own:
+    raise ConfigError(f'--{own[0]} goes with --run_mode=sweep.')
+  if flags.run_mode == 'sweep' and (bad := [name for name in others if getattr(flags, name)]):
+    raise ConfigError(f'--{bad[0]} says nothing to --run_mode=sweep; --commands=- shows what it would run.')
+
+
+def sized(files: list[str], bindings: list[str], paths: list[str]) -> dict[str, Any]:
+  """What a dry run tells of a model, and its 'train_steps'."""
+  from moe_jax.runs.train import train
+
+  gin.clear_config()
+  parse_gin('train', files, bindings, paths)
+  with contextlib.redirect_stdout(None):
+    sizes = gin.get_configurable(train)(dry_run=True)
+  return {**sizes, 'train_steps': gin.query_parameter('%TRAIN_STEPS')}
+
+
 def run_sweep(flags: argparse.Namespace, bindings: list[str]) -> None:
-  """Trains the experiment under many overrides. Sizes are told here, each under its own configuration."""
-  from moe_jax.runs import sweep, sweep_grid, train
+  """Trains the experiment under many overrides.
+
+  Sizes are told by a process of its own, which leaves accelerators to the runs when it is done. This one has none.
+  """
+  import jax
+
+  from moe_jax.runs import sweep, sweep_grid
+
+  jax.config.update('jax_platforms', 'cpu')
+  paths = flags.gin_search_paths.split(',')
 
   def split(overrides: Mapping[str, Any]) -> tuple[list[str], list[str]]:  # gin files, bindings
     files = [overrides[sweep_grid.FILE]] if sweep_grid.FILE in overrides else []
-    return [*flags.gin_file, *files], [f'{k} = {v!r}' for k, v in overrides.items() if k != sweep_grid.FILE]
+    more = [f'{k} = {v!r}' for k, v in overrides.items() if k != sweep_grid.FILE]
+    return [*flags.gin_file, *files], [*bindings, *more]
 
-  def configure(overrides: Mapping[str, Any]) -> str:
-    gin.clear_config()
-    files, more = split(overrides)
-    parse_gin('train', files, [*bindings, *more], flags.gin_search_paths.split(','))
-    return gin.config_str()
-
-  def size(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    configure(overrides)
-    with contextlib.redirect_stdout(None):
-      sizes = gin.get_configurable(train.train)(dry_run=True)
-    return {**sizes, 'train_steps': gin.query_parameter('%TRAIN_STEPS')}
+  @contextlib.contextmanager
+  def sizes() -> Iterator[Callable[[Mapping[str, Any]], dict[str, Any]]]:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn')) as process:
+      yield lambda overrides: process.submit(sized, *split(overrides), paths).result()
 
   def command(overrides: Mapping[str, Any]) -> list[str]:
     files, more = split(overrides)
     options = [f'--gin_file={path}' for path in files]
-    options += ['--gin.' + binding.replace(' = ', '=', 1) for binding in (*bindings, *more)]
-    paths = [f'--gin_search_paths={flags.gin_search_paths}'] if flags.gin_search_paths != '.' else []
-    return [sys.executable, str(HERE / 'run.py'), *paths, *options]
+    options += ['--gin.' + binding.replace(' = ', '=', 1) for binding in more]
+    searched = [f'--gin_search_paths={flags.gin_search_paths}'] if flags.gin_search_paths != '.' else []
+    return [sys.executable, str(HERE / 'run.py'), *searched, *options]
 
-  config = configure({})
-  model_dir = gin.query_parameter('%MODEL_DIR')
-  options = {'hold': flags.hold, 'jobs': flags.jobs, 'commands': flags.commands}
-  sweep.sweep(model_dir, flags.sweep, flags.sweep_gin, size, command, config, **options)
+  parse_gin('train', flags.gin_file, bindings, paths)
+  sweep.sweep(
+    gin.query_parameter('%MODEL_DIR'),
+    flags.sweep,
+    flags.sweep_gin,
+    sizes(),
+    command,
+    gin.config_str(),
+    hold=flags.hold or 'flops',
+    jobs=1 if flags.jobs is None else flags.jobs,
+    commands=flags.commands,
+  )
 
 
 def draw_routers(flags: argparse.Namespace, bindings: list[str]) -> pathlib.Path:

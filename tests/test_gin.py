@@ -35,9 +35,9 @@ SAME_BUT_FOR_SIZE = {  # experiment -> one that is the same at toy size, and sta
   'st_moe_l': 'st_moe_32b',
   'switch_large': 'switch_base',
 }
-STEPPED = (  # one of each kind of model; the others are put together of the same pieces, or trained by other tests
+STEPPED = (  # one of each kind, for time: the others are put together of the same pieces
   *('glam_0_1b_64e', 'st_moe_32b', 'switch_base', 'gshard_600b', 'mixtral_8x7b', 'deepseek_moe_16b', 'qwen3_30b_a3b'),
-  'pyramid',
+  *('advised', 'switch_xxl', 'pyramid'),
 )
 
 

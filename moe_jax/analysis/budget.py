@@ -13,7 +13,7 @@ import numpy as np
 from scipy import optimize
 
 from moe_jax.analysis.published_laws import PUBLISHED
-from moe_jax.analysis.scaling_laws import ludziejewski_reduced
+from moe_jax.analysis.scaling_laws import hoffmann_2022, ludziejewski_reduced
 from moe_jax.analysis.scaling_optima import compute_optimal, effective_parameters
 from moe_jax.types import ConfigError
 
@@ -61,7 +61,8 @@ class Candidate(NamedTuple):
     tokens: that it sees.
     flops: of training.
     loss: by the joint law, nats per token.
-    limited_by: what keeps it from the size that the law would choose: 'serving memory', ... or ''.
+    limited_by: what keeps it from the size that the law would choose: 'serving memory', 'training memory' and 'latency'
+      from a larger one, 'text' from a smaller one that reads more; or ''.
   """
 
   experts: int
@@ -79,7 +80,7 @@ class Candidate(NamedTuple):
     return self.width // HEAD
 
 
-def parameters(width: int, experts: int, vocabulary: int) -> int:
+def parameters(width: Any, experts: int, vocabulary: int) -> Any:
   """All parameters of a model: 4d² of attention and 9d² an expert in each layer, and two embeddings; no norms."""
   return width // HEAD * (4 + 9 * experts) * width**2 + 2 * vocabulary * width
 
@@ -103,24 +104,28 @@ def _best(budget: Budget, experts: int) -> Candidate | None:
   """Of all widths. Sizes are few, so all are tried."""
   law = ludziejewski_reduced(experts, **PUBLISHED[JOINT].constants)
   flops = budget.flops if experts == 1 else budget.sparse_flops
-  allowed, free = [], []
-  for width in range(4 * HEAD, 300 * HEAD, HEAD):
-    active = parameters(width, 1, budget.vocabulary)
-    tokens = min(flops / (6 * active), budget.tokens or math.inf)
-    loss = float(law['E'] + law['A'] / active ** law['alpha'] + law['B'] / tokens ** law['beta'])
-    free.append((loss, width))
-    if not (reasons := list(limits(budget, width, experts))):
-      allowed.append((loss, width, active, tokens))
-    elif min(free)[1] == width:
-      reason = reasons[0]
-  if not allowed:
+  widths = np.arange(4 * HEAD, 300 * HEAD, HEAD)
+  active = parameters(widths, 1, budget.vocabulary)
+  wanted = flops / (6 * active)  # tokens
+  tokens = np.minimum(wanted, budget.tokens or np.inf)
+  loss = hoffmann_2022(active, tokens, **law)
+  reasons = [list(limits(budget, int(width), experts)) for width in widths]
+  allowed = np.array([not some for some in reasons])
+  if not allowed.any():
     return None
-  loss, width, active, tokens = min(allowed)
-  limited_by = reason if min(free)[1] > width else ''
-  if budget.tokens and tokens == budget.tokens:
-    limited_by = limited_by or 'text'
-  total = parameters(width, experts, budget.vocabulary)
-  return Candidate(experts, width, active, total, tokens, 6 * active * tokens, loss, limited_by)
+  best, freest = np.argmin(np.where(allowed, loss, np.inf)), np.argmin(loss)
+  unread = np.argmin(hoffmann_2022(active, wanted, **law))  # the best if there were no end of text
+  limited_by = reasons[freest][0] if reasons[freest] else 'text' if wanted[unread] > tokens[unread] else ''
+  return Candidate(
+    experts=experts,
+    width=int(widths[best]),
+    active=int(active[best]),
+    total=parameters(int(widths[best]), experts, budget.vocabulary),
+    tokens=float(tokens[best]),
+    flops=float(6 * active[best] * tokens[best]),
+    loss=float(loss[best]),
+    limited_by=limited_by,
+  )
 
 
 def limits(budget: Budget, width: int, experts: int) -> Iterator[str]:
@@ -149,7 +154,7 @@ class Opinion(NamedTuple):
 
   Attributes:
     law: its key in `PUBLISHED`.
-    gain: how many times the FLOPs, or of Clark's the parameters, a dense model needs for the same loss.
+    gain: how many times the FLOPs, or by Clark's law the parameters, a dense model needs for the same loss.
     meaning: in words.
     outside: lines that say where it is asked beyond what it was fitted on.
   """
@@ -161,7 +166,10 @@ class Opinion(NamedTuple):
 
 
 def opinions(sparse: Candidate, vocabulary: int) -> list[Opinion]:
-  """Every law's view of a sparse candidate. Each counts and measures in its own way: gains compare, losses do not."""
+  """Every law's view of a sparse candidate. Each counts and measures in its own way, so losses do not compare.
+
+  Krajewski et al. speak of models of their own, of 64 times the parameters of an MLP, at the candidate's FLOPs.
+  """
   joint = PUBLISHED[JOINT]
   points: dict[str, float] = {'active_parameters': sparse.active, 'parameters': sparse.total, 'experts': sparse.experts}
   gain = dense_flops(sparse.loss) / sparse.flops
@@ -175,7 +183,8 @@ def opinions(sparse: Candidate, vocabulary: int) -> list[Opinion]:
     found.append(Opinion(f'clark_2022_{router}_refit', gain, meaning, law.outside(points)))
   gain = _krajewski_gain(sparse.flops)
   meaning = 'times the training FLOPs of a dense model of the same loss, of fine experts, 64 MLPs in all'
-  found.append(Opinion('krajewski_2024', gain, meaning, ()))  # at its own number of experts
+  note = () if sparse.experts == 64 else ('of other models than this one',)
+  found.append(Opinion('krajewski_2024', gain, meaning, note))
   return found
 
 
@@ -201,6 +210,7 @@ def learning_rate(candidate: Candidate, vocabulary: int) -> float:
 def bindings(candidate: Candidate, batch_tokens: int, length: int, devices: int, vocabulary: int) -> Mapping[str, Any]:
   """What makes gin/experiments/advised.gin this model, trained for so long."""
   rows = max(round(batch_tokens / length / devices), 1) * devices
+  steps = max(round(candidate.tokens / (rows * length)), 1)
   return {
     'NUM_LAYERS': candidate.layers,
     'EMBED_DIM': candidate.width,
@@ -210,6 +220,7 @@ def bindings(candidate: Candidate, batch_tokens: int, length: int, devices: int,
     'NUM_EXPERTS': candidate.experts if candidate.experts > 1 else 2,  # a dense model has none of them
     'EXPERT_EVERY': int(candidate.experts > 1),
     'BATCH_SIZE': rows,
-    'TRAIN_STEPS': max(round(candidate.tokens / (rows * length)), 1),
+    'TRAIN_STEPS': steps,
+    'WARMUP_STEPS': max(min(steps // 10, 1000), 1),
     'LEARNING_RATE': float(f'{learning_rate(candidate, vocabulary):.3g}'),
   }

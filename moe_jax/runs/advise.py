@@ -21,6 +21,7 @@ DOWNSTREAM = ('pretraining', 'knowledge', 'reasoning', 'fine_tuning')
 ROOM = 0.7  # of memory for weights, gradients and optimizer; what is left is for activations, or the cache of a server
 BATCH_TOKENS, LENGTH, VOCABULARY = 2**20, 2048, 32128  # of gin/experiments/advised.gin
 PIECE = 8192  # tokens of a device in a microbatch
+SURVEY = 'Fedus, Dean and Zoph 2022, section 6'
 EXPERIMENT = 'gin/experiments/advised.gin'
 Bindings = Mapping[str, Any]
 
@@ -74,7 +75,10 @@ def advise(
   Raises:
     ConfigError: if an input makes no sense, or no model meets all limits.
   """
-  check(hours, flops, serving_devices, serving_gib, serving_speed, latency_ms, tokens, mfu, sparse_mfu)
+  check(
+    HOURS=hours, FLOPS=flops, SERVING_DEVICES=serving_devices, SERVING_GIB=serving_gib, SERVING_SPEED=serving_speed,
+    LATENCY_MS=latency_ms, TOKENS=tokens, MFU=mfu, SPARSE_MFU=sparse_mfu,
+  )  # fmt: skip
   if downstream not in DOWNSTREAM:
     raise ConfigError(f'DOWNSTREAM={downstream!r} is none of {", ".join(DOWNSTREAM)}.')
   if flops is None and (topology is None or hours is None):
@@ -107,9 +111,11 @@ def advise(
   plans: dict[str, Any] = {}
   if plan:
     for kind, best in bests(ranked).items():
-      plans[kind] = summary_of(plan({**bindings_of(best, devices), 'TOPOLOGY': topology}))
+      plans[kind] = summary_of(best, plan({**bindings_of(best, devices), 'TOPOLOGY': topology}))
     spent = budget(plans.get('dense', {}).get('mfu') or mfu, plans.get('sparse', {}).get('mfu') or sparse_mfu)
-    ranked = budgets.candidates(spent)
+    ranked = [one for one in budgets.candidates(spent) if not known_too_large(one, plans)]
+    if not ranked:
+      raise ConfigError('Neither the best dense nor the best sparse model fits, by their plans: take more chips.')
   kinds = bests(ranked)
   winner = choose(ranked, downstream)
   opinions = budgets.opinions(kinds['sparse'], VOCABULARY) if 'sparse' in kinds else []
@@ -137,11 +143,11 @@ def advise(
 # ---- What is given --------------------------------------------------------------------------------------------------
 
 
-def check(*numbers: float | None) -> None:
-  """Raises ConfigError unless every number that is given is a positive one."""
-  for value in numbers:
+def check(**numbers: float | None) -> None:
+  """Raises ConfigError, naming the first number that is given and is not a positive one."""
+  for name, value in numbers.items():
     if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0):
-      raise ConfigError(f'{value!r}: hours, FLOPs, memory, speed, latency, tokens and shares are positive numbers.')
+      raise ConfigError(f'{name}={value!r}: a positive number is wanted.')
 
 
 def server(chip: str | None, devices: int, gib: float | None, speed: float | None) -> tuple[float | None, float | None]:
@@ -168,10 +174,16 @@ def choose(ranked: Sequence[Candidate], downstream: str) -> Candidate:
   """Of what cannot be told from the best: the simplest, or for knowledge, which profits most of experts, the best.
 
   For reasoning and fine-tuning twice the difference counts for nothing: there fewer experts do better than their loss
-  (survey, section 6).
+  says (Fedus, Dean and Zoph 2022, section 6).
   """
   width = {'knowledge': 0.0, 'pretraining': TIE}.get(downstream, 2 * TIE)
   return min((one for one in ranked if one.loss <= ranked[0].loss + width), key=lambda one: (one.experts, one.loss))
+
+
+def known_too_large(one: Candidate, plans: Mapping[str, Mapping[str, Any]]) -> bool:
+  """Whether a model of as many experts and no more parameters did not fit, by its plan."""
+  misfits = [found for found in plans.values() if found['fits'] is False]
+  return any(one.experts == found['experts'] and one.total >= 0.99 * found['parameters'] for found in misfits)
 
 
 # ---- Reasons --------------------------------------------------------------------------------------------------------
@@ -191,9 +203,15 @@ def said_of_inputs(
     return [(f'{flops:.3g} training FLOPs, dense and sparse alike.', 'input')]
   lines = []
   for kind, assumed, total in (('dense', mfu, budget.flops), ('sparse', sparse_mfu, budget.sparse_flops)):
-    planned = plans.get(kind, {}).get('mfu')
-    share, source = (planned, f'plan of {plans[kind]["name"]}') if planned else (assumed, 'assumed: --search compiles')
+    found = plans.get(kind, {})
+    share = found.get('mfu') or assumed
+    source = f'plan of {found["name"]}' if found.get('mfu') else 'assumed; --search compiles'
     lines.append((f'{topology} for {hours:g} hours at {100 * share:.0f}% of peak: {total:.3g} FLOPs, {kind}.', source))
+    if found.get('fits') is False:
+      size = f'{(found["bytes"] or 0) / 2**30:.0f} GiB a chip'
+      lines.append(
+        (f'{found["name"]}, {kind}, does not fit: {size}. Its like is left out.', f'plan of {found["name"]}')
+      )
   return lines
 
 
@@ -206,7 +224,7 @@ def rules(
   downstream: str,
   chip: Chip | None,
 ) -> list[Reason]:
-  """The survey's decision rules (section 6), and what the laws make of them here."""
+  """What the laws and limits make of dense against sparse, and the rules of Fedus, Dean and Zoph 2022, section 6."""
   found = bests(ranked)
   dense, sparse = found.get('dense'), found.get('sparse')
   lines = []
@@ -219,7 +237,7 @@ def rules(
     ))  # fmt: skip
     lines.append(Reason(
       f'A dense model needs {gain:.2f} times its FLOPs for the same loss: sparse wins while it runs at more than'
-      f' {min(100 / gain, 100):.0f}% of the dense model’s share of peak.', JOINT,
+      f' {100 / gain:.0f}% of the dense model’s share of peak.', JOINT,
     ))  # fmt: skip
   gains = [one.gain for one in opinions]
   if gains:
@@ -229,40 +247,45 @@ def rules(
       else 'Laws disagree on whether sparse is worth more'
     )
     lines.append(Reason(
-      f'{agree}: {min(gains):.1f} to {max(gains):.1f} times. They differ in data, routers and in what grows with the'
-      ' budget, which is how far to trust any of them.', ', '.join(one.law for one in opinions),
+      f'{agree}: {min(gains):.1f} to {max(gains):.1f} times the FLOPs, or by Clark’s the parameters, of a dense'
+      ' model. They differ in data, routers and in what grows with the budget: so far is any of them to be trusted.',
+      ', '.join(one.law for one in opinions),
     ))  # fmt: skip
   for one in ranked:
     if one.limited_by:
       name = f'{one.experts} experts' if one.experts > 1 else 'The dense model'
-      law = f'{one.active / 1e9:.2g}B active of {one.total / 1e9:.3g}B'
-      lines.append(Reason(f'{name} would be larger without the limit of {one.limited_by}: {law} fit.', 'input'))
+      sizes = f'{one.active / 1e9:.2g}B active of {one.total / 1e9:.3g}B'
+      other = (
+        'smaller, and read more, with more text' if one.limited_by == 'text' else f'larger with more {one.limited_by}'
+      )
+      other = other.replace('more latency', 'more time for a token')
+      lines.append(Reason(f'{name} would be {other}: {sizes} is what there is room for.', 'input'))
   if budget.serving_bytes is not None:
     lines.append(Reason(
       'Experts are chosen by the least memory in the life of the model, which is that of serving: per parameter dense'
-      ' models are better, per FLOP sparse ones.', 'survey, rules 2 and 3',
+      ' models are better, per FLOP sparse ones.', SURVEY,
     ))  # fmt: skip
   if sparse and devices < sparse.experts:
     lines.append(Reason(
       f'{devices} devices hold {sparse.experts} experts, several each: one a device is what exchanges best, so'
-      f' {devices} experts or fewer are the natural choice if losses tie.', 'survey, rule 4',
+      f' {devices} experts or fewer are the natural choice if losses tie.', SURVEY,
     ))  # fmt: skip
   if devices <= 4 and chip:
-    lines.append(Reason('Few devices, bound by memory: dense models suit them.', 'survey, rule 1'))
+    lines.append(Reason('Few devices, bound by memory: dense models suit them.', SURVEY))
   elif devices >= 64:
-    lines.append(Reason('Many devices in data parallel: what sparse models are made for.', 'survey, rule 1'))
+    lines.append(Reason('Many devices in data parallel: what sparse models are made for.', SURVEY))
   if downstream in ('reasoning', 'fine_tuning'):
     lines.append(Reason(
       'Reasoning, shifts of distribution and small sets to fine-tune on profit less of experts than of FLOPs a token:'
-      f' losses within {2 * TIE} of the best count as equal, and the fewest experts win.', 'survey, rule 6',
+      f' losses within {2 * TIE} of the best count as equal, and the fewest experts win.', SURVEY,
     ))  # fmt: skip
   if downstream == 'knowledge':
-    lines.append(Reason('Tasks heavy on knowledge profit most of experts: the least loss wins.', 'survey, rule 6'))
+    lines.append(Reason('Tasks heavy on knowledge profit most of experts: the least loss wins.', SURVEY))
   if budget.tokens:
     lines.append(Reason(f'No more than {budget.tokens:.3g} tokens, each seen once.', 'input'))
   lines.append(Reason(
     'Experts in every layer give the least loss to pretrain; every other layer is the usual choice where steps must be'
-    ' quick: sweep EXPERT_EVERY.', 'survey, rule 5; Clark et al. 2022',
+    ' quick: sweep EXPERT_EVERY.', 'Clark et al. 2022, frequency of routing',
   ))  # fmt: skip
   for opinion in opinions:
     lines += [Reason(line, opinion.law) for line in opinion.outside if opinion.law == JOINT]
@@ -309,11 +332,13 @@ def described(one: Candidate) -> dict[str, Any]:
   return {'kind': 'sparse' if one.experts > 1 else 'dense', **one._asdict(), 'layers': one.layers, 'law': JOINT}
 
 
-def summary_of(found: Mapping[str, Any]) -> dict[str, Any]:
+def summary_of(one: Candidate, found: Mapping[str, Any]) -> dict[str, Any]:
   """Of a plan: what advice is made of."""
   kept = ('topology', 'parameters', 'fits', 'mfu', 'mfu_serial', 'cycles', 'compile_seconds')
   name = f'{found["parameters"] / 1e9:.3g}B on {found["topology"]}'
-  return {'name': name, **{key: found[key] for key in kept}, 'bytes': found['bytes']['total']}
+  return {
+    'name': name, 'experts': one.experts, **{key: found[key] for key in kept}, 'bytes': found['bytes']['total'],
+  }  # fmt: skip
 
 
 def show(

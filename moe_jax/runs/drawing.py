@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
+from matplotlib.ticker import EngFormatter
 
 _INKS = ('ink', 'muted', 'rule', *(f'run-{i}' for i in range(8)), *(f'depth-{i}' for i in range(8)))
 COLOR = {name: f'#fe01{i:02x}' for i, name in enumerate(_INKS)}
@@ -16,6 +17,11 @@ STYLE: dict[Any, Any] = {'svg.fonttype': 'none', 'svg.hashsalt': 'moe_jax', 'tex
 STYLE |= {key: COLOR['muted'] for key in ('axes.labelcolor', 'axes.titlecolor', 'xtick.color', 'ytick.color')}
 STYLE |= {'text.color': COLOR['ink'], 'xtick.major.size': 0, 'ytick.major.size': 0, 'axes.xmargin': 0}
 BLUE, ORANGE = (0.13, 0.44, 0.71), (0.85, 0.37, 0.08)  # of heat maps, light and dark alike
+
+
+def si(value: float, places: int = 2) -> str:
+  """A number as people say it: 2.71M, 1.2B."""
+  return EngFormatter(places=places, sep='')(value).replace('G', 'B')
 
 
 def spread(heights: Sequence[float], gap: float) -> np.ndarray:

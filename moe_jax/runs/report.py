@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, ScalarFormatter
 
 from moe_jax.runs import calibration_page, specialization_page
-from moe_jax.runs.drawing import BLUE, COLOR, ORANGE, STYLE, note, spread, svg
+from moe_jax.runs.drawing import BLUE, COLOR, ORANGE, STYLE, note, si, spread, svg
 
 # Clear at the centre: a uniform share has the colour of the page, be it light or dark.
 _LOAD_STOPS = [(0.0, (*BLUE, 0.9)), (0.5, (*BLUE, 0.0)), (0.5, (*ORANGE, 0.0)), (1.0, (*ORANGE, 0.9))]
@@ -88,7 +88,7 @@ def report(model_dirs: Sequence[str | Path], output: str | Path | None = None) -
     panels['specializations'] = [specialization_page.panels(path) for path in model_dirs]
     calibration = calibration_page.section([run.name for run in runs], model_dirs)
   jinja = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
-  jinja.filters['si'] = lambda value: EngFormatter(places=1, sep='')(value).replace('.0', '').replace('G', 'B')
+  jinja.filters['si'] = lambda value: si(value, places=1).replace('.0', '')
   jinja.tests['known'] = lambda value: isinstance(value, (int, float)) and value == value
   folder = Path(model_dirs[0]) if len(runs) == 1 else Path(model_dirs[0]).parent
   planned = output is None and (folder / 'plan.html').exists()

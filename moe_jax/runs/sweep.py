@@ -8,13 +8,14 @@ import fcntl
 import functools
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,14 @@ from moe_jax.runs.progress import say
 from moe_jax.runs.report import curve, load_run
 from moe_jax.runs.setup import at_least_one, locked, open_model_dir
 from moe_jax.runs.sweep_grid import Overrides, files_axis, grid, name_of, parse_axis
-from moe_jax.runs.sweep_results import read_rows
+from moe_jax.runs.sweep_results import collect, read_rows, write_rows
 from moe_jax.runs.sweep_table import LiveTable
 from moe_jax.types import ConfigError
 
 Row = dict[str, Any]
+Size = Callable[[Overrides], dict[str, Any]]
 HOLDS = ('flops', 'parameters', 'time', 'steps')
+HELD = ('parameters', 'forward_flops_per_token', 'tokens_per_step', 'train_steps')  # of the dense twin, in sweep.json
 TRIES = 2  # of a run, in one sweep
 TIMED_STEPS = 12  # of each model, where step times are to be known beforehand
 TICK = 0.5  # seconds
@@ -41,7 +44,7 @@ def sweep(
   model_dir: str,
   sweep: Sequence[str],
   sweep_gin: Sequence[str],
-  size: Callable[[Overrides], dict[str, Any]],
+  sizes: AbstractContextManager[Size],
   command: Callable[[Overrides], list[str]],
   config: str,
   hold: str = 'flops',
@@ -56,13 +59,13 @@ def sweep(
     model_dir: of the sweep.
     sweep: axes as 'NAME=[VALUE, ...]'.
     sweep_gin: patterns of gin files, each one axis.
-    size: what a dry run tells of the experiment under overrides, and its 'train_steps'.
+    sizes: gives, until it is left, what a dry run tells of the experiment under overrides, and its 'train_steps'.
     command: the command line that trains under bindings, a gin file among them perhaps.
     config: the configuration that is common to all.
     hold: what all runs have alike with the dense twin of the plain experiment, which has TRAIN_STEPS: 'flops', of
       training, each token through its chosen experts alone; 'parameters', in all, by the width of experts, at equal
       steps; 'time', by the step times that this machine shows beforehand; or 'steps' alone.
-    jobs: runs at a time, each on its share of the cores.
+    jobs: runs at a time, each on its share of the cores; of accelerators every run takes all.
     commands: writes the command lines there, one a run, instead of running them; '-' prints them.
 
   Returns:
@@ -75,18 +78,21 @@ def sweep(
   if hold not in HOLDS:
     raise ConfigError(f'--hold={hold} is none of {", ".join(HOLDS)}.')
   wanted = grid([*map(parse_axis, sweep), *map(files_axis, sweep_gin)])
-  reference = size({'EXPERT_EVERY': 0})
   folder = open_model_dir(model_dir)
   with locked(folder):
-    begin(folder, {'hold': hold, 'reference': reference}, config)
     rows = read(folder)
     known = {row['name'] for row in rows}
-    timed = functools.partial(step_seconds, folder / 'timing', command) if hold == 'time' else None
-    for overrides in wanted:
-      if (name := name_of(overrides)) not in known:
-        rows.append(planned(name, overrides, reference, size, hold, timed))
-        rows[-1]['model_dir'] = str(folder / 'runs' / name)
-        write(folder, rows)
+    with sizes as size:
+      reference = size({'EXPERT_EVERY': 0})
+      begin(folder, {'hold': hold, 'reference': {key: reference[key] for key in HELD}}, config)
+      new = [planned(one, reference, size, hold) for one in wanted if name_of(one) not in known]
+    for row in new:
+      row['model_dir'] = str(folder / 'runs' / row['name'])
+      if hold == 'time':
+        timed = functools.partial(step_seconds, folder / 'timing', command, core_shares(jobs)[0])
+        spend(row, round(reference['train_steps'] * timed({'EXPERT_EVERY': 0}) / timed(row['overrides'])))
+      rows.append(row)
+      write_rows(folder, rows)
     names = {name_of(overrides) for overrides in wanted}
     LiveTable.show_plan(rows)
     todo = [row for row in rows if row['name'] in names and row['status'] != 'done']
@@ -105,7 +111,7 @@ def sweep(
     with LiveTable(rows) as table:
 
       def changed() -> None:
-        write(folder, rows)
+        write_rows(folder, rows)
         table.update()
 
       run_all(todo, command_of, jobs, changed)
@@ -122,23 +128,15 @@ def sweep(
 # ---- What it may spend ----------------------------------------------------------------------------------------------
 
 
-def planned(
-  name: str, overrides: Overrides, reference: Mapping[str, Any], size: Callable, hold: str, timed: Callable | None
-) -> Row:
+def planned(overrides: Overrides, reference: Mapping[str, Any], size: Size, hold: str) -> Row:
   """A run before it starts: its size, and its steps such that it spends what the reference does."""
-  own = size(overrides)
-  held: dict[str, Any] = {'TRAIN_STEPS': reference['train_steps']}
+  own, steps, held = size(overrides), reference['train_steps'], {}
   if hold == 'flops':
-    budget = training_flops(reference) * reference['train_steps']
-    held['TRAIN_STEPS'] = max(round(budget / training_flops(own)), 1)
-  elif hold == 'time' and timed:
-    budget = timed({'EXPERT_EVERY': 0}) * reference['train_steps']
-    held['TRAIN_STEPS'] = max(round(budget / timed(overrides)), 1)
+    steps = round(steps * training_flops(reference) / training_flops(own))
   elif hold == 'parameters' and own['parameters'] != reference['parameters']:
     held['EXPERT_MLP_DIM'], own = with_parameters(reference['parameters'], overrides, size)
-  steps = held['TRAIN_STEPS']
-  return {
-    'name': name,
+  row = {
+    'name': name_of(overrides),
     'overrides': dict(overrides),
     'held': held,
     'status': 'planned',
@@ -147,11 +145,19 @@ def planned(
     'flops_per_token': 3 * own['forward_flops_per_token']['active'],
     'flops_by_part': own['forward_flops_per_token'],
     'exchanged_bytes_per_token': own['exchanged_bytes_per_token'],
-    'steps': steps,
-    'tokens': steps * own['tokens_per_step'],
-    'flops': steps * training_flops(own),
+    'tokens_per_step': own['tokens_per_step'],
     **dict.fromkeys(('loss', 'eval_loss', 'bits_per_byte', 'step_seconds', 'seconds')),
   }
+  spend(row, steps)
+  return row
+
+
+def spend(row: Row, steps: int) -> None:
+  """Gives a run so many steps, one at least."""
+  steps = max(steps, 1)
+  tokens = steps * row['tokens_per_step']
+  row |= {'held': {**row['held'], 'TRAIN_STEPS': steps}, 'steps': steps, 'tokens': tokens}
+  row['flops'] = tokens * row['flops_per_token']
 
 
 def training_flops(size: Mapping[str, Any]) -> float:
@@ -159,11 +165,15 @@ def training_flops(size: Mapping[str, Any]) -> float:
   return 3 * size['forward_flops_per_token']['active'] * size['tokens_per_step']
 
 
-def with_parameters(total: int, overrides: Overrides, size: Callable) -> tuple[int, dict[str, Any]]:
+def with_parameters(total: int, overrides: Overrides, size: Size) -> tuple[int, dict[str, Any]]:
   """The width of experts that makes a model of so many parameters in all, to 5 %, and its size."""
   if 'EXPERT_MLP_DIM' in overrides:
     raise ConfigError('--hold=parameters sets EXPERT_MLP_DIM, so it cannot be swept.')
   narrow, wide = (size({**overrides, 'EXPERT_MLP_DIM': width})['parameters'] for width in (WIDTHS, 2 * WIDTHS))
+  if wide == narrow:
+    raise ConfigError(
+      f'{name_of(overrides)} has no experts to make up for its size: hold flops, or do not sweep sizes.'
+    )
   width = max(1 + round((total - narrow) / (wide - narrow)), 1) * WIDTHS  # parameters are linear in it
   found = size({**overrides, 'EXPERT_MLP_DIM': width})
   if abs(found['parameters'] / total - 1) > 0.05:
@@ -174,15 +184,16 @@ def with_parameters(total: int, overrides: Overrides, size: Callable) -> tuple[i
   return width, found
 
 
-def step_seconds(folder: Path, command: Callable, overrides: Overrides) -> float:
-  """The median of some steps, with nothing else running; measured once."""
-  place = folder / name_of(overrides)
+def step_seconds(folder: Path, command: Callable, cores: set[int] | None, overrides: Overrides) -> float:
+  """The median of some steps, on a run's share of the cores with nothing else running; measured once for all seeds."""
+  overrides = {name: value for name, value in overrides.items() if name != 'SEED'}
+  row = {'name': name_of(overrides), 'model_dir': str(folder / name_of(overrides))}
+  place = Path(row['model_dir'])
   if not (place / 'summary.json').exists():
-    say(f'timing {name_of(overrides)}')
+    say(f'timing {row["name"]}')
     few = {'TRAIN_STEPS': TIMED_STEPS, 'LOG_PERIOD': 1, 'EVAL_STEPS': 1, 'MODEL_DIR': str(place), 'STRATEGY': None}
-    done = subprocess.run(command({**overrides, **few}), capture_output=True, text=True)
-    if done.returncode:
-      raise ConfigError(f'{name_of(overrides)} could not be timed: {last_line(done.stderr)}')
+    if code := start(row, command({**overrides, **few}), cores).wait():
+      raise ConfigError(f'{row["name"]} could not be timed: {why(code, place / "log.txt")}')
   return float(np.median(curve(load_run(place), 'step_seconds').values[1:]))
 
 
@@ -191,28 +202,27 @@ def step_seconds(folder: Path, command: Callable, overrides: Overrides) -> float
 
 def run_all(todo: Sequence[Row], command_of: Callable[[Row], list[str]], jobs: int, changed: Callable) -> None:
   """Runs so many at a time until all are done, or have failed too often. Stopped itself, it stops them."""
-  waiting, running = deque(row for row in todo if not collect(row)), {}
-  changed()
+  waiting: deque[Row] = deque(todo)
+  running: dict[int, tuple[Row, subprocess.Popen]] = {}
   shares = core_shares(jobs)
   # A shell's background jobs ignore SIGINT.
   before = {sign: signal.signal(sign, _interrupt) for sign in (signal.SIGTERM, signal.SIGINT)}
   try:
     while waiting or running:
-      for slot in set(range(jobs)) - set(running):
-        if not waiting:
+      # A sweep that was killed may have left runs that go on without it: they are waited for, in a slot.
+      orphans = [row for row in waiting if someone_has(Path(row['model_dir']))]
+      for slot in sorted(set(range(jobs)) - set(running))[: max(jobs - len(running) - len(orphans), 0)]:
+        row = next((row for row in waiting if row not in orphans), None)
+        if row is None:
           break
-        row = waiting.popleft()
-        if collect(row):  # by another process, perhaps
-          continue
-        if someone_has(Path(row['model_dir'])):  # a sweep that was killed: its runs go on without it
-          waiting.append(row)
-          continue
-        running[slot] = row, start(row, command_of(row), shares[slot])
+        waiting.remove(row)
+        if not collect(row):
+          running[slot] = row, start(row, command_of(row), shares[slot])
       for slot, (row, process) in list(running.items()):
         if (code := process.poll()) is not None:
           del running[slot]
           if not collect(row):
-            row |= {'status': 'failed', 'error': last_line((Path(row['model_dir']) / 'log.txt').read_text()) or code}
+            row |= {'status': 'failed', 'error': why(code, Path(row['model_dir']) / 'log.txt')}
             if row['tries'] < TRIES:
               waiting.append(row)
       changed()
@@ -273,30 +283,11 @@ def someone_has(folder: Path) -> bool:
   return False
 
 
-def collect(row: Row) -> bool:
-  """Reads what a run left, if it is finished; returns whether it is.
-
-  `loss` is the training cross-entropy over the last tenth of the steps, `eval_loss` that of validation at the end, both
-  in nats per token; `step_seconds` is the median step; `seconds` are all steps'.
-  """
-  folder = Path(row['model_dir'])
-  if not (folder / 'summary.json').exists():
-    return False
-  run = load_run(folder)
-  validation, training = curve(run, 'cross_entropy', 'validation'), curve(run, 'cross_entropy')
-  if not len(validation.steps) or validation.steps[-1] != row['steps']:
-    return False
-  times = curve(run, 'step_seconds')
-  row |= {
-    'status': 'done',
-    'loss': float(np.mean(training.values[training.steps > 0.9 * row['steps']])),
-    'eval_loss': validation.last,
-    'bits_per_byte': run.summary.get('validation_bits_per_byte'),
-    'step_seconds': times.median,
-    'seconds': float(np.nansum(times.values * np.diff(times.steps, prepend=0))),
-  }
-  row.pop('error', None)
-  return True
+def why(code: int, log: Path) -> str:
+  """In a line, why a run ended."""
+  if code < 0:
+    return f'{signal.Signals(-code).name}, perhaps for want of memory'
+  return last_line(log.read_text(errors='replace')) or f'exit code {code}'
 
 
 def last_line(text: str) -> str:
@@ -311,8 +302,11 @@ def begin(folder: Path, settings: Mapping[str, Any], config: str) -> None:
   """Keeps what all runs share, and refuses to add to a sweep of something else."""
   place, kept = folder / 'sweep.json', folder / 'sweep.gin'
   if place.exists():
-    before = json.loads(place.read_text())
-    same = {'settings': before == settings, 'configuration': kept.read_text() == config}
+    here = lambda text: re.sub(r'^MODEL_DIR = .*$', '', text, flags=re.MULTILINE)  # noqa: E731
+    same = {
+      'settings': json.loads(place.read_text()) == settings,
+      'configuration': here(kept.read_text()) == here(config),
+    }
     if not all(same.values()):
       raise ConfigError(
         f'{folder} holds a sweep of other {" and ".join(k for k, v in same.items() if not v)} (see sweep.json and'
@@ -324,17 +318,10 @@ def begin(folder: Path, settings: Mapping[str, Any], config: str) -> None:
 
 
 def read(folder: Path) -> list[Row]:
-  """The runs so far. What a killed sweep left running is planned again: whether it is finished its own folder says."""
+  """The runs so far, none of which has been tried yet by this sweep."""
   rows = read_rows(folder)
   for row in rows:
     row['tries'] = 0
-    if row['status'] == 'running':
+    if row['status'] == 'running':  # of a sweep that was killed
       row['status'] = 'planned'
   return rows
-
-
-def write(folder: Path, rows: Sequence[Row]) -> None:
-  """All runs, at once."""
-  temporary = folder / 'sweep.jsonl.tmp'
-  temporary.write_text(''.join(json.dumps(row) + '\n' for row in rows))
-  os.replace(temporary, folder / 'sweep.jsonl')

@@ -48,6 +48,8 @@ def grid(axes: Sequence[tuple[str, Sequence[Any]]]) -> list[Overrides]:
     raise ConfigError('--run_mode=sweep needs --sweep="NAME=[VALUE, ...]" or --sweep_gin=PATTERN.')
   if twice := sorted({name for name in names if names.count(name) > 1}):
     raise ConfigError(f'{twice[0]} is swept twice: give all its values in one list.')
+  if mine := sorted({'TRAIN_STEPS', 'MODEL_DIR'} & set(names)):
+    raise ConfigError(f'{mine[0]} is what a sweep sets by itself (--hold), so it cannot be swept.')
   found: dict[str, Overrides] = {}
   for values in itertools.product(*(values for _, values in axes)):
     overrides = dict(zip(names, values, strict=True))
@@ -72,6 +74,15 @@ def name_of(overrides: Overrides) -> str:
   values = {k: Path(v).stem if k == FILE else v for k, v in sorted(overrides.items())}
   name = ','.join(f'{k.lower()}={v}' for k, v in values.items())
   plain = re.sub(r'[^\w=,.+-]+', '_', name)
-  if plain != name or len(plain) > 120 or FILE in overrides:
+  if plain != name or len(plain) > 120 or FILE in overrides or any(map(_looks_like_another, values.values())):
     plain = f'{plain[:110]}-{hashlib.sha256(repr(sorted(overrides.items())).encode()).hexdigest()[:8]}'
   return plain
+
+
+def _looks_like_another(value: Any) -> bool:
+  """Whether a text reads like a number or None."""
+  if isinstance(value, str):
+    with suppress(ValueError, SyntaxError):
+      ast.literal_eval(value)
+      return True
+  return False

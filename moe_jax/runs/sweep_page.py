@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FixedLocator, MaxNLocator, NullLocator, ScalarFormatter
 
 from moe_jax.runs import sweep_results
-from moe_jax.runs.drawing import BLUE, COLOR, ORANGE, STYLE, note, spread, svg
+from moe_jax.runs.drawing import BLUE, COLOR, ORANGE, STYLE, note, si, spread, svg
 from moe_jax.runs.report import curve, load_run
 from moe_jax.runs.sweep_grid import FILE
 from moe_jax.runs.sweep_results import Cell, Learning
@@ -38,6 +38,7 @@ def sweep_report(model_dir: str | Path, output: str | Path | None = None) -> Pat
   """
   folder = Path(model_dir)
   rows = sweep_results.read_rows(folder)
+  sweep_results.write_rows(folder, rows)
   finished = [row for row in rows if row['status'] == 'done']
   if not finished:
     raise ConfigError(f'{folder}: no run of the sweep is finished. Its own command goes on with it.')
@@ -54,7 +55,7 @@ def sweep_report(model_dir: str | Path, output: str | Path | None = None) -> Pat
       'fits': [fit_panel(law) for law in laws if 'constants' in law],
     }
   jinja = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
-  jinja.filters['si'] = lambda value: EngFormatter(places=2, sep='')(value).replace('G', 'B')
+  jinja.filters['si'] = si
   page = jinja.get_template('sweep.html.j2').render(
     name=folder.resolve().name,
     settings=json.loads((folder / 'sweep.json').read_text()),
@@ -64,6 +65,7 @@ def sweep_report(model_dir: str | Path, output: str | Path | None = None) -> Pat
     laws=laws,
     noise=sweep_results.noise(found),
     gain_noise=sweep_results.gain_noise(found),
+    level=sweep_results.LEVEL,
     known=np.isfinite,
     label=label,
     **panels,
@@ -106,7 +108,8 @@ def gain_panel(found: Sequence[Cell]) -> dict[str, Any] | None:
   """A heat map of how far each model is below its dense twin, in nats per token; of more axes, the best is shown."""
   if not (names := axes_of(found)):
     return None
-  sparse = [cell for cell in found if len(cell.gains)]
+  if not (sparse := [cell for cell in found if len(cell.gains)]):
+    return None  # no twin is finished
   rows, columns = (list(dict.fromkeys(cell.overrides.get(name) for cell in sparse)) for name in names)
   rows, columns = _in_order(rows), _in_order(columns)
   matrix = np.full((len(rows), len(columns)), np.nan)
@@ -125,8 +128,8 @@ def gain_panel(found: Sequence[Cell]) -> dict[str, Any] | None:
   axes.set(xlabel=names[1], ylabel=names[0])
   axes.spines[:].set_visible(False)
   best = max(sparse, key=lambda cell: np.mean(cell.gains))
-  threshold = 2 * 2**0.5 * sweep_results.noise(found)
-  told = [np.mean(cell.gains) for cell in sparse if abs(np.mean(cell.gains)) > threshold]
+  threshold = 2 * sweep_results.gain_noise(found)  # of one run; the mean of several strays less
+  told = [np.mean(c.gains) for c in sparse if abs(np.mean(c.gains)) > threshold / np.sqrt(len(c.gains))]
   facts = {'of': len(sparse), 'below': sum(x > 0 for x in told), 'above': sum(x < 0 for x in told)}
   return {**facts, 'threshold': threshold, 'best': best, 'label': label(best.overrides), 'svg': svg(axes.figure)}
 

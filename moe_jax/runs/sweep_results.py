@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ import numpy as np
 from moe_jax.analysis.scaling_fits import bootstrap, fit
 from moe_jax.analysis.scaling_laws import ONE_SIZE, ONE_SIZE_RATIO, Law
 from moe_jax.analysis.scaling_points import read_points, select
+from moe_jax.runs.report import curve, load_run
 from moe_jax.runs.sweep_grid import dense_twin, name_of
 from moe_jax.types import ConfigError
 
-Row = Mapping[str, Any]
+Row = dict[str, Any]
 LEVEL = 0.9  # of intervals
 _SEED = 'SEED'
 
@@ -68,10 +70,47 @@ class Cell:
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
-  """The runs of sweep.jsonl, none if it is not there yet, each with its own folder, wherever the sweep's is now."""
+  """The runs of sweep.jsonl, none if it is not there yet, with what each has left in its folder since."""
   path = folder / 'sweep.jsonl'
   rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-  return [{**row, 'model_dir': str(folder / 'runs' / row['name'])} for row in rows]
+  rows = [{**row, 'model_dir': str(folder / 'runs' / row['name'])} for row in rows]  # the sweep may have been moved
+  for row in rows:
+    collect(row)
+  return rows
+
+
+def write_rows(folder: Path, rows: Sequence[Row]) -> None:
+  """All runs, at once, if anything has changed."""
+  path, text = folder / 'sweep.jsonl', ''.join(json.dumps(row) + '\n' for row in rows)
+  if not path.exists() or path.read_text() != text:
+    path.with_suffix('.tmp').write_text(text)
+    os.replace(path.with_suffix('.tmp'), path)
+
+
+def collect(row: Row) -> bool:
+  """Reads what a run left, if it is finished; returns whether it is.
+
+  `loss` is the training cross-entropy over the last tenth of the steps, `eval_loss` that of validation at the end, both
+  in nats per token; `step_seconds` is the median step; `seconds` are all steps'.
+  """
+  folder = Path(row['model_dir'])
+  if not (folder / 'summary.json').exists():
+    return False
+  run = load_run(folder)
+  validation, training = curve(run, 'cross_entropy', 'validation'), curve(run, 'cross_entropy')
+  if not len(validation.steps) or validation.steps[-1] != row['steps']:
+    return False
+  times = curve(run, 'step_seconds')
+  row |= {
+    'status': 'done',
+    'loss': float(np.mean(training.values[training.steps > 0.9 * row['steps']])),
+    'eval_loss': validation.last,
+    'bits_per_byte': run.summary.get('validation_bits_per_byte'),
+    'step_seconds': times.median,
+    'seconds': float(np.nansum(times.values * np.diff(times.steps, prepend=0))),
+  }
+  row.pop('error', None)
+  return True
 
 
 def cells(rows: Sequence[Row], learning: Mapping[str, Learning]) -> list[Cell]:
@@ -105,14 +144,16 @@ def _without_seed(row: Row) -> dict[str, Any]:
 
 def noise(found: Sequence[Cell]) -> float:
   """Standard deviation of the loss between seeds, pooled over cells; nan where no cell has two."""
-  groups = [np.array([row['eval_loss'] for row in cell.rows]) for cell in found if len(cell.rows) > 1]
-  freedom = sum(len(group) - 1 for group in groups)
-  return float(np.sqrt(sum(np.sum((x - x.mean()) ** 2) for x in groups) / freedom)) if freedom else np.nan
+  return _pooled([np.array([row['eval_loss'] for row in cell.rows]) for cell in found])
 
 
 def gain_noise(found: Sequence[Cell]) -> float:
   """As `noise`, of the gains: what runs of one seed have in common, such as their data, cancels in them."""
-  groups = [cell.gains for cell in found if len(cell.gains) > 1]
+  return _pooled([cell.gains for cell in found])
+
+
+def _pooled(groups: Sequence[np.ndarray]) -> float:
+  groups = [group for group in groups if len(group) > 1]
   freedom = sum(len(group) - 1 for group in groups)
   return float(np.sqrt(sum(np.sum((x - x.mean()) ** 2) for x in groups) / freedom)) if freedom else np.nan
 
@@ -121,14 +162,19 @@ def fits(folder: Path) -> list[dict[str, Any]]:
   """Laws that the finished runs of a sweep tell the constants of, with intervals.
 
   Of each frequency, how the loss falls with the number of experts, the dense twin being one expert; and of all runs
-  together, how it falls with all over active parameters.
+  together, how it falls with all over active parameters. There are none where anything else was swept or held: a line
+  through unlike models means nothing.
   """
+  rows = [row for row in read_rows(folder) if row['status'] == 'done']
+  alike = all(set(row['overrides']) <= {'NUM_EXPERTS', 'EXPERT_EVERY', _SEED} for row in rows)
+  if not alike or json.loads((folder / 'sweep.json').read_text())['hold'] != 'flops':
+    return []
   points = read_points(folder / 'sweep.jsonl')
-  if len({value for value in points.get('embed_dim', [0])}) > 1:
-    return []  # sizes vary too: for the whole law, which one script can fit as well as another
-  asked: list[tuple[str, Law, Mapping[str, Any]]] = []
-  for every in sorted({int(x) for x in points.get('expert_every', []) if np.isfinite(x)} - {0}):
-    asked.append((f'EXPERT_EVERY={every}', ONE_SIZE, select(points, expert_every=[0, every])))
+  every = sorted({row['overrides'].get('EXPERT_EVERY') for row in rows} - {0, None})
+  asked: list[tuple[str, Law, Mapping[str, Any]]] = [
+    (f'EXPERT_EVERY={some}', ONE_SIZE, select(points, expert_every=[0, some])) for some in every
+  ]
+  asked = asked or [('NUM_EXPERTS', ONE_SIZE, points)]
   asked.append(('all runs', ONE_SIZE_RATIO, points))
   found: list[dict[str, Any]] = []
   for which, law, some in asked:

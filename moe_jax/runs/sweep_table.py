@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from matplotlib.ticker import EngFormatter
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+
+from moe_jax.runs.drawing import si
 
 Row = Mapping[str, Any]
 
@@ -66,7 +67,6 @@ def table(rows: Sequence[Row]) -> Table:
   shown = Table(box=None, header_style='dim')
   for title in ('run', 'parameters', 'active', 'FLOPs/token', 'steps', 'FLOPs', 'eval loss', 's/step', 'status'):
     shown.add_column(title, justify='left' if title in ('run', 'status') else 'right', overflow='fold')
-  si = lambda value: EngFormatter(places=2, sep='')(value).replace('G', 'B')  # noqa: E731
   for row in rows:
     shown.add_row(
       row['name'],

@@ -52,7 +52,7 @@ def test_plans_take_the_place_of_what_is_assumed(tmp_path):
   def plan(bound):
     asked.append(bound)
     sparse = bound['EXPERT_EVERY'] == 1
-    kept = dict.fromkeys(('fits', 'mfu_serial', 'cycles', 'compile_seconds'))
+    kept = dict.fromkeys(('mfu_serial', 'cycles', 'compile_seconds')) | {'fits': True}
     return {**kept, 'topology': 'v5e:2x4', 'parameters': 1e9, 'mfu': 0.1 if sparse else 0.5, 'bytes': {'total': 1}}
 
   found = advise.advise(str(tmp_path), topology='v5e:2x4', hours=168, plan=plan)
@@ -62,6 +62,24 @@ def test_plans_take_the_place_of_what_is_assumed(tmp_path):
   assert found['budget']['sparse_flops'] == pytest.approx(0.1 * peak)
   assert found['winner']['kind'] == 'dense'  # five times the FLOPs are more than experts are worth
   assert sum('plan of 1B on v5e:2x4' in reason['source'] for reason in found['reasons']) == 2
+
+
+def test_what_does_not_fit_is_said_and_not_advised(tmp_path):
+  def plan(bound):
+    sparse = bound['EXPERT_EVERY'] == 1
+    kept = dict.fromkeys(('mfu_serial', 'cycles', 'compile_seconds')) | {'fits': not sparse}
+    size = 5.9e9 if sparse else 3.6e9
+    return {
+      **kept,
+      'topology': 'v5e:2x4',
+      'parameters': size,
+      'mfu': None if sparse else 0.4,
+      'bytes': {'total': 2**35},
+    }
+
+  found = advise.advise(str(tmp_path), topology='v5e:2x4', hours=168, plan=plan)
+  assert 32 not in [one['experts'] for one in found['candidates']]
+  assert any('does not fit: 32 GiB a chip' in reason['text'] for reason in found['reasons'])
 
 
 def test_ties_go_to_fewer_experts_but_for_knowledge():
@@ -92,7 +110,8 @@ def test_a_sweep_of_ones_own_is_told(tmp_path):
     ({}, 'What is the budget'),
     ({'hours': 5}, 'What is the budget'),
     ({'topology': 'v5e:2x4', 'hours': 5, 'flops': 1e20}, 'both set'),
-    ({'flops': -1.0}, 'positive numbers'),
+    ({'flops': -1.0}, 'FLOPS=-1.0: a positive number'),
+    ({'flops': 1e20, 'serving_devices': 0}, 'SERVING_DEVICES=0'),
     ({'topology': 'v9:2x4', 'hours': 5}, 'is not like v5e:16x16'),
     ({'flops': 1e20, 'downstream': 'chess'}, "'chess' is none of"),
     ({'flops': 1e20, 'serving_chip': 'h100'}, 'for others give SERVING_GIB'),

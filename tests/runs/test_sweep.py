@@ -1,5 +1,6 @@
 """Sweeps: what is run, what it may spend, what an interruption costs, and what is told of it."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -10,6 +11,7 @@ import sys
 import textwrap
 import time
 
+import gin
 import numpy as np
 import pytest
 from hypothesis import given
@@ -62,7 +64,13 @@ def test_an_axis_that_cannot_be_read(text):
     parse_axis(text)
 
 
+def test_numbers_and_texts_have_names_of_their_own():
+  assert name_of({'SEED': 1}) != name_of({'SEED': '1'}) and name_of({'X': None}) != name_of({'X': 'None'})
+
+
 def test_axes_that_make_no_sense():
+  with pytest.raises(ConfigError, match='TRAIN_STEPS is what a sweep sets by itself'):
+    grid([('TRAIN_STEPS', [1, 2])])
   with pytest.raises(ConfigError, match='matches no file'):
     files_axis('gin/nothing/*.gin')
   with pytest.raises(ConfigError, match='swept twice'):
@@ -103,8 +111,8 @@ def size(overrides):
   }
 
 
-def plan(overrides, hold, timed=None):
-  return sweep.planned('x', overrides, size({'EXPERT_EVERY': 0}), size, hold, timed)
+def plan(overrides, hold):
+  return sweep.planned(overrides, size({'EXPERT_EVERY': 0}), size, hold)
 
 
 @pytest.mark.parametrize('experts', [2, 8, 32])
@@ -131,10 +139,9 @@ def test_parameters_that_cannot_be_equal_are_refused():
     plan({'EXPERT_MLP_DIM': 8, 'NUM_EXPERTS': 2}, 'parameters')
 
 
-def test_equal_time_is_by_measured_steps():
-  seconds = {0: 0.2, None: 0.5}
-  row = plan({'NUM_EXPERTS': 4}, 'time', lambda overrides: seconds[overrides.get('EXPERT_EVERY')])
-  assert row['steps'] == 200
+def test_sizes_that_experts_cannot_make_up_for_are_refused():
+  with pytest.raises(ConfigError, match='no experts to make up for its size'):
+    sweep.with_parameters(9000, {'EXPERT_EVERY': 0, 'EMBED_DIM': 8}, size)
 
 
 # ---- Running --------------------------------------------------------------------------------------------------------
@@ -142,6 +149,7 @@ def test_equal_time_is_by_measured_steps():
 RUN = """
 import fcntl, json, pathlib, sys, time
 folder = pathlib.Path(sys.argv[1])
+time.sleep(float(sys.argv[3]) / 4)  # as long as a run takes until it has its lock
 lock = (folder / '.lock').open('a+')
 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 with (folder / 'starts').open('a') as file:
@@ -150,7 +158,9 @@ if (folder.parent / 'broken').exists() and 'num_experts=4' in folder.name:
   sys.exit('out of luck')
 time.sleep(float(sys.argv[3]))
 step = int(sys.argv[2])
-lines = [{'step': step, 'split': split, 'cross_entropy': 2.0, 'step_seconds': 0.1} for split in ('train', 'validation')]
+slow = 0.1 if 'expert_every=0' in folder.name else 0.2  # seconds a step
+log = [(number, split) for number in (1, step) for split in ('train', 'validation')]
+lines = [{'step': at, 'split': split, 'cross_entropy': 2.0, 'step_seconds': slow} for at, split in log]
 (folder / 'metrics.jsonl').write_text(''.join(json.dumps(line) + chr(10) for line in lines))
 (folder / 'summary.json').write_text('{}')
 with (folder / 'ends').open('a') as file:
@@ -158,14 +168,14 @@ with (folder / 'ends').open('a') as file:
 """
 
 
-def call(folder, jobs=1, seconds=0.0, config='same'):
+def call(folder, jobs=1, seconds=0.0, config='same', hold='flops'):
   """A sweep of four models and their twin whose training is RUN."""
 
   def command(bound):
     return [sys.executable, '-c', RUN, bound['MODEL_DIR'], str(bound['TRAIN_STEPS']), str(seconds)]
 
   axes = ['NUM_EXPERTS=[2,4]', 'EXPERT_EVERY=[1,2]']
-  return sweep.sweep(str(folder), axes, [], size, command, config, jobs=jobs)
+  return sweep.sweep(str(folder), axes, [], contextlib.nullcontext(size), command, config, hold=hold, jobs=jobs)
 
 
 def rows_of(folder):
@@ -190,8 +200,28 @@ def test_finished_runs_are_kept_and_broken_ones_named_and_tried_again(tmp_path, 
   assert 'report.html' in capsys.readouterr().out and (tmp_path / 'report.html').exists()
 
 
+def test_equal_time_is_by_measured_steps(tmp_path):
+  """Twice as slow, half the steps; each model is timed once, whatever its seeds."""
+  rows = call(tmp_path, hold='time')
+  assert [row['steps'] for row in rows] == [500] + [250] * 4
+  assert all((place / 'ends').read_text() == 'x' for place in (tmp_path / 'timing').iterdir())
+
+
+def test_what_an_array_job_did_is_found_and_a_sweep_may_be_moved(tmp_path):
+  rows = call(tmp_path / 'here')
+  journal = tmp_path / 'here' / 'sweep.jsonl'
+  journal.write_text(journal.read_text().replace('"done"', '"planned"'))
+  (tmp_path / 'here').rename(tmp_path / 'there')
+  assert sweep_page.sweep_report(tmp_path / 'there').exists()
+  assert [row['status'] for row in rows_of(tmp_path / 'there')] == ['done'] * 5
+  again = call(tmp_path / 'there')
+  assert [row['eval_loss'] for row in again] == [row['eval_loss'] for row in rows]
+  assert all((pathlib.Path(row['model_dir']) / 'starts').read_text() == 'x' for row in again)
+
+
 def test_a_folder_has_one_sweep(tmp_path):
-  call(tmp_path)
+  call(tmp_path, config="MODEL_DIR = 'here'\nsame")
+  call(tmp_path, config="MODEL_DIR = 'there'\nsame")
   with pytest.raises(ConfigError, match='holds a sweep of other configuration'):
     call(tmp_path, config='other')
   assert len(rows_of(tmp_path)) == 5
@@ -278,6 +308,15 @@ def test_a_sweep_that_trains(tmp_path, monkeypatch, capsys):
   assert run.main(['--run_mode=report', '--model_dirs', str(folder)]) == 0
   assert run.main(['--run_mode=report', '--model_dirs', str(folder), str(folder)]) == 1
   assert 'a page of its own' in capsys.readouterr().err
+  for flags, message in [
+    ([*TOY, '--sweep=SEED=[1]', '--dry_run'], '--dry_run says nothing'),
+    ([*TOY[1:], '--jobs=2'], '--jobs goes with --run_mode=sweep'),
+    ([*TOY, '--sweep=SEED=[1]', '--jobs=0'], 'jobs=0'),
+    ([*TOY, '--sweep=SEED=[1]', '--hold=money'], '--hold=money is none of'),
+  ]:
+    gin.clear_config()
+    assert run.main([*flags, f"--gin.MODEL_DIR='{tmp_path}/other'"]) == 1
+    assert message in capsys.readouterr().err
 
 
 # ---- What is told ---------------------------------------------------------------------------------------------------
@@ -307,7 +346,7 @@ def test_what_lies_below_dense_is_taken_seed_by_seed_and_at_equal_time():
   assert np.isnan(sweep_results.noise([Cell({}, rows[:1], np.array([]), np.array([]))]))
 
 
-def planted(folder, b=-0.03, noise=0.002, seed=0):
+def planted(folder, b=-0.03, noise=0.002, seed=0, hold='flops'):
   """A sweep whose losses fall by a law, as finished runs leave it."""
   rng, rows = np.random.default_rng(seed), []
   for overrides in grid([('NUM_EXPERTS', [4, 8, 16, 32]), ('EXPERT_EVERY', [1, 2]), ('SEED', [0, 1])]):
@@ -323,12 +362,12 @@ def planted(folder, b=-0.03, noise=0.002, seed=0):
     ]
     (place / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in log))
     (place / 'summary.json').write_text(json.dumps({'validation_bits_per_byte': 2.0}))
-    row = sweep.planned(name, overrides, size({'EXPERT_EVERY': 0}), size, 'steps', None) | {'steps': 100}
+    row = sweep.planned(overrides, size({'EXPERT_EVERY': 0}), size, 'steps') | {'steps': 100}
     row |= {'model_dir': str(place), 'parameters': 1000 * (1 + experts)}
-    assert sweep.collect(row) and row['eval_loss'] == pytest.approx(loss)
+    assert sweep_results.collect(row) and row['eval_loss'] == pytest.approx(loss)
     rows.append(row)
-  sweep.begin(folder, {'hold': 'steps', 'reference': {}}, 'NOTHING = 1')
-  sweep.write(folder, rows)
+  sweep.begin(folder, {'hold': hold, 'reference': {}}, 'NOTHING = 1')
+  sweep_results.write_rows(folder, rows)
   return rows
 
 
@@ -345,11 +384,24 @@ def test_planted_laws_are_found_within_their_intervals(tmp_path):
 def test_the_page_of_a_sweep(tmp_path):
   rows = planted(tmp_path)
   rows.append({**rows[-1], 'name': 'lost', 'status': 'failed', 'error': 'out of <memory>', 'eval_loss': None})
-  sweep.write(tmp_path, rows)
+  sweep_results.write_rows(tmp_path, rows)
   page = sweep_page.sweep_report(tmp_path).read_text()
   assert '32 experts, every 2' in page and page.count('<svg') >= 5
   assert 'lost failed: out of &lt;memory&gt;' in page
   assert 'nan' not in page.lower().replace('nanm', '')
-  sweep.write(tmp_path, [{**row, 'status': 'planned'} for row in rows])
+  only = [row for row in rows if row['overrides']['EXPERT_EVERY']]  # as when the dense twins have failed
+  sweep_results.write_rows(tmp_path, only)
+  assert 'Loss against time' in sweep_page.sweep_report(tmp_path).read_text()
+  sweep_results.write_rows(tmp_path, [{**row, 'name': 'elsewhere', 'status': 'planned'} for row in rows])
   with pytest.raises(ConfigError, match='no run of the sweep is finished'):
     sweep_page.sweep_report(tmp_path)
+
+
+def test_unlike_models_are_not_fitted_together(tmp_path):
+  rows = planted(tmp_path / 'steps', hold='steps')
+  assert sweep_results.fits(tmp_path / 'steps') == []
+  planted(tmp_path / 'flops')
+  rows = rows_of(tmp_path / 'flops')
+  rows[-1]['overrides']['LEARNING_RATE'] = 1.0
+  sweep_results.write_rows(tmp_path / 'flops', rows)
+  assert sweep_results.fits(tmp_path / 'flops') == []
