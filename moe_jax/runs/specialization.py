@@ -35,7 +35,7 @@ class Layer(NamedTuple):
 
   Attributes:
     experts: int[N, K], the choices; -1 where one is not made.
-    first: int[N], of the choices that found room the one of the greatest weight, else the first: the expert of the token.
+    first: int[N], the expert of the token: of its choices that found room that of the greatest weight, else its first.
     dropped: bool[N, K], choices that found their expert full.
     num_experts: E.
   """
