@@ -324,8 +324,11 @@ def sized(files: list[str], bindings: list[str], paths: list[str]) -> dict[str, 
 
   gin.clear_config()
   parse_gin('train', files, bindings, paths)
-  with contextlib.redirect_stdout(None):
-    sizes = gin.get_configurable(train)(dry_run=True)
+  try:
+    with contextlib.redirect_stdout(None):
+      sizes = gin.get_configurable(train)(dry_run=True)
+  except Exception as error:  # as gin raises it, it does not reach another process
+    raise ConfigError(first_line(error)) from None
   return {**sizes, 'train_steps': gin.query_parameter('%TRAIN_STEPS')}
 
 

@@ -35,6 +35,7 @@ class Budget:
     active_bytes: of weights that a served token may read, where it must not take too long; None for any.
     tokens: of text that there is to train on, each once; None for any.
     vocabulary: of the tokenizer.
+    width_multiple: of which widths are multiples, and of 64: the devices that weights are split over.
     serving_bytes_per_parameter: 2 for bfloat16.
     training_bytes_per_parameter: 16 for float32 weights, gradients and AdamW's two moments.
   """
@@ -46,6 +47,7 @@ class Budget:
   active_bytes: float | None = None
   tokens: float | None = None
   vocabulary: int = 32128
+  width_multiple: int = HEAD
   serving_bytes_per_parameter: float = 2.0
   training_bytes_per_parameter: float = 16.0
 
@@ -93,9 +95,10 @@ def candidates(budget: Budget, experts: Sequence[int] = EXPERTS) -> list[Candida
   """
   found = [best for count in experts if (best := _best(budget, count))]
   if not found:
+    step = math.lcm(HEAD, budget.width_multiple)
     raise ConfigError(
-      f'No model of the family fits: the smallest, dense and {4 * HEAD} wide, is limited by'
-      f' {next(limits(budget, 4 * HEAD, 1), "nothing")}. Give more memory, time or text.'
+      f'No model of the family fits: the smallest, dense and {step} wide, is limited by'
+      f' {next(limits(budget, step, 1), "nothing")}. Give more memory, time or text.'
     )
   return sorted(found, key=lambda one: one.loss)
 
@@ -104,7 +107,8 @@ def _best(budget: Budget, experts: int) -> Candidate | None:
   """Of all widths. Sizes are few, so all are tried."""
   law = ludziejewski_reduced(experts, **PUBLISHED[JOINT].constants)
   flops = budget.flops if experts == 1 else budget.sparse_flops
-  widths = np.arange(4 * HEAD, 300 * HEAD, HEAD)
+  step = math.lcm(HEAD, budget.width_multiple)
+  widths = np.arange(step, max(300 * HEAD, 8 * step), step)
   active = parameters(widths, 1, budget.vocabulary)
   wanted = flops / (6 * active)  # tokens
   tokens = np.minimum(wanted, budget.tokens or np.inf)

@@ -20,7 +20,8 @@ from moe_jax.types import ConfigError
 DOWNSTREAM = ('pretraining', 'knowledge', 'reasoning', 'fine_tuning')
 ROOM = 0.7  # of memory for weights, gradients and optimizer; what is left is for activations, or the cache of a server
 BATCH_TOKENS, LENGTH, VOCABULARY = 2**20, 2048, 32128  # of gin/experiments/advised.gin
-PIECE = 8192  # tokens of a device in a microbatch
+PIECE = 4096  # tokens of a device in a microbatch
+ATTEMPTS, SHRINK = 6, 0.75  # at models that fit, by their plans; and how much smaller each is than the one before
 SURVEY = 'Fedus, Dean and Zoph 2022, section 6'
 EXPERIMENT = 'gin/experiments/advised.gin'
 Bindings = Mapping[str, Any]
@@ -97,6 +98,7 @@ def advise(
     'active_bytes': latency_ms and speed and latency_ms / 1000 * speed,
     'tokens': tokens,
     'vocabulary': VOCABULARY,
+    'width_multiple': devices,
   }
 
   def budget(dense_share: float, sparse_share: float) -> Budget:
@@ -109,9 +111,19 @@ def advise(
   spent = budget(mfu, sparse_mfu)
   ranked = budgets.candidates(spent)
   plans: dict[str, Any] = {}
+  misfits: list[Reason] = []
+  for _ in range(ATTEMPTS if plan else 0):
+    assert plan
+    plans = {
+      kind: summary_of(best, plan({**bindings_of(best, devices), 'TOPOLOGY': topology}))
+      for kind, best in bests(ranked).items()
+    }
+    if not (found := [does_not_fit(kind, one) for kind, one in plans.items() if one['fits'] is False]):
+      break
+    misfits += found
+    limits['training_bytes'] *= SHRINK
+    ranked = budgets.candidates(budget(mfu, sparse_mfu))
   if plan:
-    for kind, best in bests(ranked).items():
-      plans[kind] = summary_of(best, plan({**bindings_of(best, devices), 'TOPOLOGY': topology}))
     spent = budget(plans.get('dense', {}).get('mfu') or mfu, plans.get('sparse', {}).get('mfu') or sparse_mfu)
     ranked = [one for one in budgets.candidates(spent) if not known_too_large(one, plans)]
     if not ranked:
@@ -121,6 +133,7 @@ def advise(
   opinions = budgets.opinions(kinds['sparse'], VOCABULARY) if 'sparse' in kinds else []
   reasons = [
     *(Reason(*line) for line in said_of_inputs(spent, flops, topology, hours, mfu, sparse_mfu, plans)),
+    *misfits,
     *rules(spent, ranked, winner, opinions, devices, downstream, chip),
     *own_sweep(sweep),
   ]
@@ -180,6 +193,15 @@ def choose(ranked: Sequence[Candidate], downstream: str) -> Candidate:
   return min((one for one in ranked if one.loss <= ranked[0].loss + width), key=lambda one: (one.experts, one.loss))
 
 
+def does_not_fit(kind: str, found: Mapping[str, Any]) -> Reason:
+  """Of a plan, and what is done about it."""
+  size = f'{(found["bytes"] or 0) / 2**30:.0f} GiB a chip'
+  text = (
+    f'The {kind} model of {found["name"]} does not fit: {size}. {100 * SHRINK:.0f}% of its memory is allowed from here.'
+  )
+  return Reason(text, f'plan of {found["name"]}')
+
+
 def known_too_large(one: Candidate, plans: Mapping[str, Mapping[str, Any]]) -> bool:
   """Whether a model of as many experts and no more parameters did not fit, by its plan."""
   misfits = [found for found in plans.values() if found['fits'] is False]
@@ -207,11 +229,6 @@ def said_of_inputs(
     share = found.get('mfu') or assumed
     source = f'plan of {found["name"]}' if found.get('mfu') else 'assumed; --search compiles'
     lines.append((f'{topology} for {hours:g} hours at {100 * share:.0f}% of peak: {total:.3g} FLOPs, {kind}.', source))
-    if found.get('fits') is False:
-      size = f'{(found["bytes"] or 0) / 2**30:.0f} GiB a chip'
-      lines.append(
-        (f'{found["name"]}, {kind}, does not fit: {size}. Its like is left out.', f'plan of {found["name"]}')
-      )
   return lines
 
 

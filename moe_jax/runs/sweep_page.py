@@ -117,7 +117,7 @@ def gain_panel(found: Sequence[Cell]) -> dict[str, Any] | None:
   for cell in sparse:
     at = rows.index(cell.overrides.get(names[0])), columns.index(cell.overrides.get(names[1]))
     if not matrix[at] > np.mean(cell.gains):
-      matrix[at], losses[at] = np.mean(cell.gains), cell.mean('eval_loss')
+      matrix[at], losses[at] = np.mean(cell.gains), np.mean(cell.losses)
   most = np.nanmax(np.abs(matrix))
   axes = Figure(figsize=(6.6, 0.8 + 0.42 * len(rows)), layout='constrained').subplots()
   axes.imshow(matrix, _GAIN, vmin=-most, vmax=most, aspect='auto', interpolation='none')

@@ -49,6 +49,7 @@ class Cell:
   Attributes:
     overrides: without the seed.
     rows: of sweep.jsonl.
+    losses: float64[n], see `without_seeds`.
     gains: float64[n], nats per token by which each run's loss is below that of its dense twin, which has its seed.
     gains_in_time: float64[n], the same at the time that the twin took in all, or this run if that is less; on one
       machine, with as much beside it.
@@ -56,6 +57,7 @@ class Cell:
 
   overrides: Mapping[str, Any]
   rows: Sequence[Row]
+  losses: np.ndarray
   gains: np.ndarray
   gains_in_time: np.ndarray
 
@@ -113,6 +115,25 @@ def collect(row: Row) -> bool:
   return True
 
 
+def without_seeds(rows: Sequence[Row]) -> dict[str, float]:
+  """Each run's loss less what its seed's dense twin lies above the mean of the twins, by name.
+
+  A seed is an order of the data too, which all models of that seed have in common: models of which not all seeds were
+  run compare by this, as they would if all had been.
+  """
+  by_name = {row['name']: row for row in rows}
+  twins: dict[str, list[float]] = {}
+  for row in rows:
+    if row['overrides'].get('EXPERT_EVERY') == 0:
+      twins.setdefault(name_of(_without_seed(row)), []).append(row['eval_loss'])
+  found = {}
+  for row in rows:
+    twin = by_name.get(name_of(dense_twin(row['overrides'])))
+    common = twin['eval_loss'] - float(np.mean(twins[name_of(_without_seed(twin))])) if twin else 0.0
+    found[row['name']] = row['eval_loss'] - common
+  return found
+
+
 def cells(rows: Sequence[Row], learning: Mapping[str, Learning]) -> list[Cell]:
   """Finished runs by what they are, in the order of the first of each.
 
@@ -120,7 +141,7 @@ def cells(rows: Sequence[Row], learning: Mapping[str, Learning]) -> list[Cell]:
     rows: that are finished.
     learning: how each went, by name.
   """
-  by_name = {row['name']: row for row in rows}
+  by_name, losses = {row['name']: row for row in rows}, without_seeds(rows)
   groups: dict[str, list[Row]] = {}
   for row in rows:
     groups.setdefault(name_of(_without_seed(row)), []).append(row)
@@ -134,7 +155,8 @@ def cells(rows: Sequence[Row], learning: Mapping[str, Learning]) -> list[Cell]:
       own, other = learning[row['name']], learning[twin['name']]
       seconds = min(own.seconds[-1], other.seconds[-1])
       timed.append(other.at(seconds) - own.at(seconds))
-    found.append(Cell(_without_seed(group[0]), group, np.array(gains), np.array(timed)))
+    alike = np.array([losses[row['name']] for row in group])
+    found.append(Cell(_without_seed(group[0]), group, alike, np.array(gains), np.array(timed)))
   return found
 
 
@@ -162,14 +184,15 @@ def fits(folder: Path) -> list[dict[str, Any]]:
   """Laws that the finished runs of a sweep tell the constants of, with intervals.
 
   Of each frequency, how the loss falls with the number of experts, the dense twin being one expert; and of all runs
-  together, how it falls with all over active parameters. There are none where anything else was swept or held: a line
-  through unlike models means nothing.
+  together, how it falls with all over active parameters. Losses are those `without_seeds`. There are no laws where
+  anything else was swept or held: a line through unlike models means nothing.
   """
   rows = [row for row in read_rows(folder) if row['status'] == 'done']
   alike = all(set(row['overrides']) <= {'NUM_EXPERTS', 'EXPERT_EVERY', _SEED} for row in rows)
   if not alike or json.loads((folder / 'sweep.json').read_text())['hold'] != 'flops':
     return []
-  points = read_points(folder / 'sweep.jsonl')
+  points, losses = read_points(folder / 'sweep.jsonl'), without_seeds(rows)
+  points['loss'] = np.array([losses[name] for name in points['name']])
   every = sorted({row['overrides'].get('EXPERT_EVERY') for row in rows} - {0, None})
   asked: list[tuple[str, Law, Mapping[str, Any]]] = [
     (f'EXPERT_EVERY={some}', ONE_SIZE, select(points, expert_every=[0, some])) for some in every

@@ -7,7 +7,7 @@ import gin
 import pytest
 
 import run
-from moe_jax.analysis.budget import Candidate
+from moe_jax.analysis.budget import Candidate, parameters
 from moe_jax.runs import advise
 from moe_jax.types import ConfigError
 
@@ -57,6 +57,7 @@ def test_plans_take_the_place_of_what_is_assumed(tmp_path):
 
   found = advise.advise(str(tmp_path), topology='v5e:2x4', hours=168, plan=plan)
   assert sorted(bound['EXPERT_EVERY'] for bound in asked) == [0, 1]
+  assert all(bound['EMBED_DIM'] % 64 == 0 for bound in asked)
   peak = 8 * 1.97e14 * 168 * 3600
   assert found['budget']['flops'] == pytest.approx(0.5 * peak)
   assert found['budget']['sparse_flops'] == pytest.approx(0.1 * peak)
@@ -64,22 +65,20 @@ def test_plans_take_the_place_of_what_is_assumed(tmp_path):
   assert sum('plan of 1B on v5e:2x4' in reason['source'] for reason in found['reasons']) == 2
 
 
-def test_what_does_not_fit_is_said_and_not_advised(tmp_path):
-  def plan(bound):
-    sparse = bound['EXPERT_EVERY'] == 1
-    kept = dict.fromkeys(('mfu_serial', 'cycles', 'compile_seconds')) | {'fits': not sparse}
-    size = 5.9e9 if sparse else 3.6e9
-    return {
-      **kept,
-      'topology': 'v5e:2x4',
-      'parameters': size,
-      'mfu': None if sparse else 0.4,
-      'bytes': {'total': 2**35},
-    }
+def test_what_does_not_fit_is_said_and_made_smaller(tmp_path):
+  def plan(bound, most=2e9):
+    size = parameters(bound['EMBED_DIM'], bound['NUM_EXPERTS'] if bound['EXPERT_EVERY'] else 1, 32128)
+    kept = dict.fromkeys(('mfu_serial', 'cycles', 'compile_seconds')) | {'fits': size < most, 'bytes': {'total': 2**35}}
+    return {**kept, 'topology': 'v5e:2x4', 'parameters': size, 'mfu': 0.4 if size < most else None}
 
   found = advise.advise(str(tmp_path), topology='v5e:2x4', hours=168, plan=plan)
-  assert 32 not in [one['experts'] for one in found['candidates']]
-  assert any('does not fit: 32 GiB a chip' in reason['text'] for reason in found['reasons'])
+  assert all(one['fits'] for one in found['plans'].values())
+  assert found['candidates'] and all(one['total'] < 2e9 for one in found['candidates'])
+  told = [reason['text'] for reason in found['reasons'] if 'does not fit: 32 GiB a chip' in reason['text']]
+  assert len(told) > 2  # each time that one was too large
+  nothing = advise.advise(str(tmp_path), topology='v5e:2x4', hours=168, plan=lambda bound: plan(bound, most=0))
+  assert not any(one['fits'] for one in nothing['plans'].values())
+  assert not {one['experts'] for one in nothing['candidates']} & {one['experts'] for one in nothing['plans'].values()}
 
 
 def test_ties_go_to_fewer_experts_but_for_knowledge():

@@ -267,7 +267,8 @@ def test_cores_are_shared_out(monkeypatch):
 
 TOY = [
   *('--run_mode=sweep', '--gin_file=gin/experiments/sweep_tiny.gin', '--gin.NUM_LAYERS=2', '--gin.EMBED_DIM=32'),
-  *('--gin.MLP_DIM=64', '--gin.EXPERT_MLP_DIM=96', '--gin.NUM_HEADS=2', '--gin.HEAD_DIM=16', '--gin.STRATEGY=None'),
+  *('--gin.MLP_DIM=64', '--gin.EXPERT_MLP_DIM=96', '--gin.NUM_HEADS=2', '--gin.NUM_KV_HEADS=2'),
+  *('--gin.HEAD_DIM=16', '--gin.STRATEGY=None'),
   *("--gin.TASK_FEATURE_LENGTHS={'targets': 64}", '--gin.GROUP_SIZE=64', '--gin.TRAIN_STEPS=4', '--gin.EVAL_STEPS=1'),
 ]
 
@@ -313,6 +314,7 @@ def test_a_sweep_that_trains(tmp_path, monkeypatch, capsys):
     ([*TOY[1:], '--jobs=2'], '--jobs goes with --run_mode=sweep'),
     ([*TOY, '--sweep=SEED=[1]', '--jobs=0'], 'jobs=0'),
     ([*TOY, '--sweep=SEED=[1]', '--hold=money'], '--hold=money is none of'),
+    ([*TOY, '--sweep=NUM_KV_HEADS=[3]'], 'must be a multiple of key/value heads'),
   ]:
     gin.clear_config()
     assert run.main([*flags, f"--gin.MODEL_DIR='{tmp_path}/other'"]) == 1
@@ -339,11 +341,13 @@ def test_what_lies_below_dense_is_taken_seed_by_seed_and_at_equal_time():
   dense, sparse = sweep_results.cells(rows, learning)
   assert dense.gains.size == 0 and sparse.overrides == {'EXPERT_EVERY': 1} and len(sparse.rows) == 2
   np.testing.assert_allclose(sparse.gains, [0.1, 0.2])
+  np.testing.assert_allclose(sparse.losses, [2.9 + 0.2, 3.2 - 0.2])  # twins are at 3.2 on average
+  np.testing.assert_allclose(dense.losses, [3.2, 3.2])
   np.testing.assert_allclose(sparse.gains_in_time, [0.1 - 0.5] * 2)  # after 100 seconds
   # Seeds: 0.2 either way of 3.2, 0.15 of 3.05; their difference 0.05 either way of 0.15.
   assert sweep_results.noise([dense, sparse]) == pytest.approx(np.sqrt((2 * 0.2**2 + 2 * 0.15**2) / 2))
   assert sweep_results.gain_noise([dense, sparse]) == pytest.approx(np.sqrt(2 * 0.05**2))
-  assert np.isnan(sweep_results.noise([Cell({}, rows[:1], np.array([]), np.array([]))]))
+  assert np.isnan(sweep_results.noise([Cell({}, rows[:1], *[np.array([])] * 3)]))
 
 
 def planted(folder, b=-0.03, noise=0.002, seed=0, hold='flops'):
