@@ -30,7 +30,8 @@ class Budget:
   Attributes:
     flops: of training; sparse models may have others.
     sparse_flops: theirs, who use the same hours less well.
-    training_bytes: of memory on all training devices, for weights, gradients and optimizer.
+    training_bytes: of memory on all training devices, for weights, gradients and optimizer of a dense model.
+    sparse_training_bytes: the same of a sparse one, which holds more besides.
     serving_bytes: of memory for weights where the model will serve; None for any.
     active_bytes: of weights that a served token may read, where it must not take too long; None for any.
     tokens: of text that there is to train on, each once; None for any.
@@ -43,6 +44,7 @@ class Budget:
   flops: float
   sparse_flops: float
   training_bytes: float = math.inf
+  sparse_training_bytes: float = math.inf
   serving_bytes: float | None = None
   active_bytes: float | None = None
   tokens: float | None = None
@@ -135,7 +137,8 @@ def _best(budget: Budget, experts: int) -> Candidate | None:
 def limits(budget: Budget, width: int, experts: int) -> Iterator[str]:
   """Names of the limits that a model does not meet."""
   active, total = (parameters(width, count, budget.vocabulary) for count in (1, experts))
-  if total * budget.training_bytes_per_parameter > budget.training_bytes:
+  room = budget.training_bytes if experts == 1 else budget.sparse_training_bytes
+  if total * budget.training_bytes_per_parameter > room:
     yield 'training memory'
   if budget.serving_bytes is not None and total * budget.serving_bytes_per_parameter > budget.serving_bytes:
     yield 'serving memory'

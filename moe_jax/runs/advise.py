@@ -21,7 +21,8 @@ DOWNSTREAM = ('pretraining', 'knowledge', 'reasoning', 'fine_tuning')
 ROOM = 0.7  # of memory for weights, gradients and optimizer; what is left is for activations, or the cache of a server
 BATCH_TOKENS, LENGTH, VOCABULARY = 2**20, 2048, 32128  # of gin/experiments/advised.gin
 PIECE = 4096  # tokens of a device in a microbatch
-ATTEMPTS, SHRINK = 6, 0.75  # at models that fit, by their plans; and how much smaller each is than the one before
+ATTEMPTS, SMALLER = 4, 0.9  # at models that fit, by their plans; and how much smaller the next is than in proportion
+ROOMS = {'dense': 'training_bytes', 'sparse': 'sparse_training_bytes'}  # of `Budget`
 SURVEY = 'Fedus, Dean and Zoph 2022, section 6'
 EXPERIMENT = 'gin/experiments/advised.gin'
 Bindings = Mapping[str, Any]
@@ -93,7 +94,7 @@ def advise(
   if latency_ms is not None and speed is None:
     raise ConfigError('LATENCY_MS needs the speed of the memory that serves: give SERVING_CHIP, or SERVING_SPEED.')
   limits: dict[str, Any] = {
-    'training_bytes': ROOM * devices * chip.memory if chip else math.inf,
+    **dict.fromkeys(ROOMS.values(), ROOM * devices * chip.memory if chip else math.inf),
     'serving_bytes': memory and ROOM * memory,
     'active_bytes': latency_ms and speed and latency_ms / 1000 * speed,
     'tokens': tokens,
@@ -113,16 +114,18 @@ def advise(
   plans: dict[str, Any] = {}
   misfits: list[Reason] = []
   for _ in range(ATTEMPTS if plan else 0):
-    assert plan
-    plans = {
-      kind: summary_of(best, plan({**bindings_of(best, devices), 'TOPOLOGY': topology}))
-      for kind, best in bests(ranked).items()
-    }
-    if not (found := [does_not_fit(kind, one) for kind, one in plans.items() if one['fits'] is False]):
-      break
-    misfits += found
-    limits['training_bytes'] *= SHRINK
+    assert plan and chip
+    for kind, best in bests(ranked).items():
+      if kind not in plans or plans[kind]['fits'] is False:
+        found = summary_of(best, plan({**bindings_of(best, devices), 'TOPOLOGY': topology}))
+        plans[kind] = found
+        if found['fits'] is False:
+          misfits.append(does_not_fit(kind, found))
+          share = min(chip.memory / found['bytes'], 1.0) if found['bytes'] else SMALLER
+          limits[ROOMS[kind]] = SMALLER * share * best.total * Budget.training_bytes_per_parameter
     ranked = budgets.candidates(budget(mfu, sparse_mfu))
+    if all(found['fits'] is not False for found in plans.values()):
+      break
   if plan:
     spent = budget(plans.get('dense', {}).get('mfu') or mfu, plans.get('sparse', {}).get('mfu') or sparse_mfu)
     ranked = [one for one in budgets.candidates(spent) if not known_too_large(one, plans)]
@@ -196,9 +199,7 @@ def choose(ranked: Sequence[Candidate], downstream: str) -> Candidate:
 def does_not_fit(kind: str, found: Mapping[str, Any]) -> Reason:
   """Of a plan, and what is done about it."""
   size = f'{(found["bytes"] or 0) / 2**30:.0f} GiB a chip'
-  text = (
-    f'The {kind} model of {found["name"]} does not fit: {size}. {100 * SHRINK:.0f}% of its memory is allowed from here.'
-  )
+  text = f'The {kind} model of {found["name"]} does not fit: {size}. The next is smaller in proportion.'
   return Reason(text, f'plan of {found["name"]}')
 
 

@@ -41,7 +41,7 @@ def test_parameters_are_those_of_the_model_that_gin_builds(fresh_gin, experts):
   slower=st.floats(0.4, 1),
 )
 def test_every_candidate_meets_every_limit(flops, serving, training, tokens, slower):
-  budget = Budget(flops, slower * flops, training * G, serving * G, tokens=tokens)
+  budget = Budget(flops, slower * flops, training * G, training * G, serving * G, tokens=tokens)
   found = candidates(budget)
   assert [one.loss for one in found] == sorted(one.loss for one in found)
   for one in found:
