@@ -267,7 +267,7 @@ def test_cores_are_shared_out(monkeypatch):
 
 TOY = [
   *('--run_mode=sweep', '--gin_file=gin/experiments/sweep_tiny.gin', '--gin.NUM_LAYERS=2', '--gin.EMBED_DIM=32'),
-  *('--gin.MLP_DIM=64', '--gin.EXPERT_MLP_DIM=96', '--gin.NUM_HEADS=2', '--gin.NUM_KV_HEADS=2'),
+  *('--gin.MLP_DIM=96', '--gin.EXPERT_MLP_DIM=96', '--gin.NUM_HEADS=2', '--gin.NUM_KV_HEADS=2'),
   *('--gin.HEAD_DIM=16', '--gin.STRATEGY=None'),
   *("--gin.TASK_FEATURE_LENGTHS={'targets': 64}", '--gin.GROUP_SIZE=64', '--gin.TRAIN_STEPS=4', '--gin.EVAL_STEPS=1'),
 ]
@@ -291,7 +291,9 @@ def test_commands_can_be_had_instead(tmp_path):
   assert [row['status'] for row in rows] == ['planned'] * 2 and not (folder / 'runs').exists()
   router = 3 * 2 * (2 * 32 * 4)  # forward and backward, layers, products with [32, 4]
   assert rows[1]['flops_per_token'] - rows[0]['flops_per_token'] == pytest.approx(router, rel=0.1)
-  assert rows[1]['parameters'] == rows[0]['parameters'] + 2 * (3 * 2 * 32 * 96 + 32 * 4)
+  assert rows[1]['parameters'] == rows[0]['parameters'] + 2 * (
+    3 * 3 * 32 * 96 + 32 * 4
+  )  # three gated MLPs more, and a router
 
 
 @pytest.mark.usefixtures('fresh_gin')
