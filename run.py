@@ -247,7 +247,10 @@ def run(flags: argparse.Namespace, bindings: list[str]) -> None:
   given = {'dry_run': flags.dry_run or None, 'prompts': flags.prompt, 'output': flags.output}
   given['teacher'] = learned_from
   if flags.search and flags.run_mode == 'advise':
-    given['plan'] = functools.partial(plan_advised, flags, pathlib.Path(gin.query_parameter('%MODEL_DIR')))
+    from moe_jax.runs.advise import EXPERIMENT
+
+    folder = pathlib.Path(gin.query_parameter('%MODEL_DIR'))
+    given['plan'] = functools.partial(planned, [EXPERIMENT], [], flags, folder)
   given |= {'source': flags.source, 'target': flags.target, 'path': flags.path}
   given['profile_steps'] = flags.profile_steps
   given = {name: value for name, value in given.items() if value is not None}
@@ -285,11 +288,7 @@ def search_plans(flags: argparse.Namespace, bindings: list[str], first: dict[str
   model_dir, remat = pathlib.Path(gin.query_parameter('%MODEL_DIR')), gin.query_parameter('%REMAT')
 
   def again(candidate: Mapping[str, Any]) -> dict[str, Any]:
-    gin.clear_config()
-    place = model_dir / f'candidate_{len(list(model_dir.glob("candidate_*")))}'
-    more = [f'{name} = {value!r}' for name, value in {**candidate, 'MODEL_DIR': str(place)}.items()]
-    parse_gin('plan', flags.gin_file, [*bindings, *more], flags.gin_search_paths.split(','))
-    return gin.get_configurable(plan.plan)(config=gin.config_str())
+    return planned(flags.gin_file, bindings, flags, model_dir, candidate)
 
   ranked = plan.search(first, again, remat)
   (model_dir / 'search.json').write_text(json.dumps(ranked, indent=2))
@@ -297,14 +296,16 @@ def search_plans(flags: argparse.Namespace, bindings: list[str], first: dict[str
   print(f'search: {model_dir / "search.json"}')
 
 
-def plan_advised(flags: argparse.Namespace, folder: pathlib.Path, bound: Mapping[str, Any]) -> dict[str, Any]:
-  """The compile plan of a model that might be advised."""
-  from moe_jax.runs import advise, plan
+def planned(
+  files: list[str], bindings: list[str], flags: argparse.Namespace, folder: pathlib.Path, bound: Mapping[str, Any]
+) -> dict[str, Any]:
+  """One more compile plan, with other bindings behind the user's, in a place of its own."""
+  from moe_jax.runs import plan
 
   gin.clear_config()
-  place = folder / f'plan_{len(list(folder.glob("plan_*")))}'
+  place = folder / f'candidate_{len(list(folder.glob("candidate_*")))}'
   more = [f'{name} = {value!r}' for name, value in {**bound, 'MODEL_DIR': str(place)}.items()]
-  parse_gin('plan', [advise.EXPERIMENT], more, flags.gin_search_paths.split(','))
+  parse_gin('plan', files, [*bindings, *more], flags.gin_search_paths.split(','))
   return gin.get_configurable(plan.plan)(config=gin.config_str())
 
 
@@ -343,23 +344,12 @@ def run_sweep(flags: argparse.Namespace, bindings: list[str]) -> None:
 
   jax.config.update('jax_platforms', 'cpu')
   paths = flags.gin_search_paths.split(',')
-
-  def split(overrides: Mapping[str, Any]) -> tuple[list[str], list[str]]:  # gin files, bindings
-    files = [overrides[sweep_grid.FILE]] if sweep_grid.FILE in overrides else []
-    more = [f'{k} = {v!r}' for k, v in overrides.items() if k != sweep_grid.FILE]
-    return [*flags.gin_file, *files], [*bindings, *more]
+  experiment = sweep_grid.Experiment(str(HERE / 'run.py'), flags.gin_file, bindings, flags.gin_search_paths)
 
   @contextlib.contextmanager
   def sizes() -> Iterator[Callable[[Mapping[str, Any]], dict[str, Any]]]:
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn')) as process:
-      yield lambda overrides: process.submit(sized, *split(overrides), paths).result()
-
-  def command(overrides: Mapping[str, Any]) -> list[str]:
-    files, more = split(overrides)
-    options = [f'--gin_file={path}' for path in files]
-    options += ['--gin.' + binding.replace(' = ', '=', 1) for binding in more]
-    searched = [f'--gin_search_paths={flags.gin_search_paths}'] if flags.gin_search_paths != '.' else []
-    return [sys.executable, str(HERE / 'run.py'), *searched, *options]
+      yield lambda overrides: process.submit(sized, *experiment.under(overrides), paths).result()
 
   parse_gin('train', flags.gin_file, bindings, paths)
   sweep.sweep(
@@ -367,7 +357,7 @@ def run_sweep(flags: argparse.Namespace, bindings: list[str]) -> None:
     flags.sweep,
     flags.sweep_gin,
     sizes(),
-    command,
+    experiment.command,
     gin.config_str(),
     hold=flags.hold or 'flops',
     jobs=1 if flags.jobs is None else flags.jobs,

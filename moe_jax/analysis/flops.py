@@ -105,10 +105,19 @@ def _inside(params: Mapping[str, Any]) -> Iterator[Any]:
         yield item.jaxpr
 
 
-def forward_flops(model: nn.Module, batch_spec: Mapping[str, jax.ShapeDtypeStruct]) -> ForwardFlops:
+def forward_flops(
+  model: nn.Module,
+  batch_spec: Mapping[str, jax.ShapeDtypeStruct],
+  sizes: Mapping[tuple[str, ...], tuple[int, float]] | None = None,
+) -> ForwardFlops:
   """Counts a forward pass in training by part. Backward takes twice as much, and what is recomputed comes on top.
 
   Call it inside `sharding.activate`: the mesh decides how experts are reached.
+
+  Args:
+    model: to count.
+    batch_spec: shapes of a batch.
+    sizes: `parameter_sizes` of the two, where they are known already.
   """
 
   def scope(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
@@ -127,7 +136,7 @@ def forward_flops(model: nn.Module, batch_spec: Mapping[str, jax.ShapeDtypeStruc
   tokens = _tokens(batch_spec)
   through_experts = sum(
     2 * active * tokens[_side(path)]
-    for path, (_, active) in parameter_sizes(model, batch_spec).items()
+    for path, (_, active) in (sizes or parameter_sizes(model, batch_spec)).items()
     if 'experts' in path
   )
   active = counted.total() - counted['experts'] - counted['dispatch'] + through_experts

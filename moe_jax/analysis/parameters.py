@@ -24,7 +24,12 @@ class ParameterCount(NamedTuple):
 
 def count_parameters(model: nn.Module, batch_spec: Mapping[str, jax.ShapeDtypeStruct]) -> ParameterCount:
   """Counts from shapes alone. Every expert layer is asked how many experts it runs per token."""
-  totals, actives = zip(*parameter_sizes(model, batch_spec).values())
+  return total_count(parameter_sizes(model, batch_spec))
+
+
+def total_count(sizes: Mapping[tuple[str, ...], tuple[int, float]]) -> ParameterCount:
+  """The sums of `parameter_sizes`."""
+  totals, actives = zip(*sizes.values())
   return ParameterCount(sum(totals), round(sum(actives)))
 
 

@@ -27,7 +27,7 @@ from moe_jax.runs.report import curve, load_run
 from moe_jax.runs.setup import at_least_one, locked, open_model_dir
 from moe_jax.runs.sweep_grid import Overrides, files_axis, grid, name_of, parse_axis
 from moe_jax.runs.sweep_results import collect, read_rows, write_rows
-from moe_jax.runs.sweep_table import LiveTable
+from moe_jax.runs.sweep_table import LiveTable, show
 from moe_jax.types import ConfigError
 
 Row = dict[str, Any]
@@ -94,7 +94,7 @@ def sweep(
       rows.append(row)
       write_rows(folder, rows)
     names = {name_of(overrides) for overrides in wanted}
-    LiveTable.show_plan(rows)
+    show(rows)
     todo = [row for row in rows if row['name'] in names and row['status'] != 'done']
 
     def command_of(row: Row) -> list[str]:

@@ -1,10 +1,12 @@
 """What a sweep runs: every combination of values, the dense twin of each, and a name for each."""
 
 import ast
+import dataclasses
 import glob
 import hashlib
 import itertools
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +20,36 @@ ABOUT_EXPERTS = {  # what makes no difference to a dense model
   *('NUM_EXPERTS', 'NUM_SELECTED', 'EXPERT_MLP_DIM', 'EXPERT_DROPOUT_RATE', 'EXPERTS', 'SHARED', 'GROUP_SIZE'),
   *('CAPACITY_FACTOR', 'EVAL_CAPACITY_FACTOR', 'ROUTER', 'DISPATCHER', 'AUX_LOSS_SCALE'),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """What all runs of a sweep share, as the command line gave it.
+
+  Attributes:
+    script: run.py.
+    files: of gin.
+    bindings: 'NAME = VALUE'.
+    search_paths: where gin files are found, separated by commas.
+  """
+
+  script: str
+  files: Sequence[str]
+  bindings: Sequence[str]
+  search_paths: str = '.'
+
+  def under(self, overrides: Overrides) -> tuple[list[str], list[str]]:
+    """Its gin files and its bindings, with overrides behind them."""
+    files = [overrides[FILE]] if FILE in overrides else []
+    more = [f'{name} = {value!r}' for name, value in overrides.items() if name != FILE]
+    return [*self.files, *files], [*self.bindings, *more]
+
+  def command(self, overrides: Overrides) -> list[str]:
+    """The command line that trains it under overrides."""
+    files, bindings = self.under(overrides)
+    options = [f'--gin_file={path}' for path in files]
+    options += ['--gin.' + binding.replace(' = ', '=', 1) for binding in bindings]
+    return [sys.executable, self.script, f'--gin_search_paths={self.search_paths}', *options]
 
 
 def parse_axis(text: str) -> tuple[str, list[Any]]:

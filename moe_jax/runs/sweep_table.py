@@ -27,11 +27,6 @@ class LiveTable:
     self._live = Live(console=self._console, auto_refresh=False) if self._console.is_terminal else None
     self._told: dict[str, str] = {}
 
-  @staticmethod
-  def show_plan(rows: Sequence[Row], console: Console | None = None) -> None:
-    """Prints what each run is to spend, before any starts."""
-    (console or _console()).print(table(rows))
-
   def update(self) -> None:
     """Shows what has changed."""
     if self._live:
@@ -60,6 +55,11 @@ def _console() -> Console:
   """The terminal, or what stands for one, wide enough for the table."""
   console = Console()
   return console if console.is_terminal else Console(width=120)
+
+
+def show(rows: Sequence[Row]) -> None:
+  """Prints what each run is to spend, before any starts."""
+  _console().print(table(rows))
 
 
 def table(rows: Sequence[Row]) -> Table:

@@ -14,7 +14,13 @@ import numpy as np
 from moe_jax import sharding
 from moe_jax.analysis import compression
 from moe_jax.analysis.flops import forward_flops
-from moe_jax.analysis.parameters import bytes_per_device, count_parameters, exchanged_bytes_per_token, exchanges
+from moe_jax.analysis.parameters import (
+  bytes_per_device,
+  exchanged_bytes_per_token,
+  exchanges,
+  parameter_sizes,
+  total_count,
+)
 from moe_jax.decode import Strategy
 from moe_jax.objectives import LanguageModeling
 from moe_jax.runs import infer
@@ -231,7 +237,8 @@ def describe(program: Program) -> dict[str, Any]:
   """Sizes of a program, from shapes alone."""
   model, batch, spec = program.objective.model, program.batch_spec, program.state_spec
   with program.activate():
-    count, flops = count_parameters(model, batch), forward_flops(model, batch)
+    parts = parameter_sizes(model, batch)
+    count, flops = total_count(parts), forward_flops(model, batch, parts)
     tokens = math.prod(batch['decoder_input_tokens'].shape)
     sent = exchanged_bytes_per_token(exchanges(model, batch), tokens // sharding.shards('batch'))
   sizes = {'parameters': spec.params, 'optimizer': spec.opt_state, 'gradients': spec.params}
