@@ -28,9 +28,14 @@ def start(folder, corpus, steps):
   return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
 
 
+def steps_in(folder):
+  """Of the checkpoints that can be seen."""
+  return sorted(int(path.name) for path in (folder / 'checkpoints').glob('*') if path.name.isdigit())
+
+
 def check_whole(folder):
-  """Every checkpoint that can be seen holds what was saved in it."""
-  steps = sorted(int(path.name) for path in (folder / 'checkpoints').glob('*') if path.name.isdigit())
+  """Every checkpoint that can be seen holds what was saved in it. The last one's step, or 0."""
+  steps = steps_in(folder)
   for step in steps:
     place = folder / 'checkpoints' / str(step)
     state = ocp.PyTreeCheckpointer().restore(place / 'state')
@@ -38,7 +43,7 @@ def check_whole(folder):
     marks = jax.device_get(jax.jit(fingerprints)(state)).values()
     assert sorted(map(int, marks)) == sorted(saved.values())
     assert list((place / 'data').glob('iterator*'))
-  return steps
+  return max(steps, default=0)
 
 
 def lines(folder):
@@ -60,21 +65,18 @@ def test_killed_at_random_moments_it_goes_on_bit_by_bit(tmp_path, kills):
   whole, killed = tmp_path / 'whole', tmp_path / 'killed'
   assert start(whole, corpus, steps).wait(600) == 0, (tmp_path / 'whole.log').read_text()
   resumed = []
-  for _ in range(kills):
+  for i in range(kills):
     process, last = start(killed, corpus, steps), (resumed or [0])[-1]
-    # Sometimes while it starts, mostly some steps later, when it is training and saving.
-    goal, deadline = last + rng.choice([0, 2, 3, 4, 6]), time.monotonic() + 300
-    while process.poll() is None and time.monotonic() < deadline:
-      path = killed / 'metrics.jsonl'
-      text = path.read_text() if path.exists() else ''
-      if goal == last or text.count('\n') >= goal:
-        break
+    # Mostly some steps later, when it is training and saving; sometimes while it starts.
+    goal, deadline = last + (0 if i % 4 == 1 else rng.choice([1, 2, 3, 4])), time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < deadline and max(steps_in(killed), default=0) < goal:
       time.sleep(0.005)
     time.sleep(rng.random() * (10.0 if goal == last else 0.3))
     process.send_signal(signal.SIGKILL)
     process.wait()
-    resumed.append(max(check_whole(killed), default=0) if (killed / 'checkpoints').exists() else 0)
-  assert resumed[-1] > 0 and resumed == sorted(resumed), resumed
+    resumed.append(check_whole(killed))
+    assert resumed[-1] >= goal
+  assert resumed == sorted(resumed)
   assert start(killed, corpus, steps).wait(600) == 0, (tmp_path / 'killed.log').read_text()[-2000:]
   print(f'killed {kills} times, and left with checkpoints of steps {resumed}')
   assert lines(killed) == lines(whole)

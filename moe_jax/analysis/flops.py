@@ -1,6 +1,5 @@
 """Floating-point operations of matrix products, counted in what JAX traced: whole programs, loops unfolded."""
 
-import contextlib
 import itertools
 import math
 import re
@@ -8,25 +7,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 
+from moe_jax.analysis.forward_pass import ForwardPass, Path
 from moe_jax.analysis.parameters import parameter_sizes
-from moe_jax.layers.attention import CrossAttention, SelfAttention
-from moe_jax.layers.embeddings import TokenEmbedding
-from moe_jax.layers.mlp import Mlp
-from moe_jax.moe.moe_layer import MoELayer
-from moe_jax.moe.routers.base import Router
-
-# Kinds of modules -> what they are a part of. Of an expert layer, what is no expert's and no router's carries tokens.
-PARTS = {
-  SelfAttention: 'attention',
-  CrossAttention: 'attention',
-  Mlp: 'dense',
-  Router: 'router',
-  MoELayer: 'dispatch',
-  TokenEmbedding: 'logits',
-}
 
 _SCOPE = re.compile(r'\[(\w+)\]')
 
@@ -105,67 +89,32 @@ def _inside(params: Mapping[str, Any]) -> Iterator[Any]:
         yield item.jaxpr
 
 
-def forward_flops(
-  model: nn.Module,
-  batch_spec: Mapping[str, jax.ShapeDtypeStruct],
-  sizes: Mapping[tuple[str, ...], tuple[int, float]] | None = None,
-) -> ForwardFlops:
-  """Counts a forward pass in training by part. Backward takes twice as much, and what is recomputed comes on top.
-
-  Call it inside `sharding.activate`: the mesh decides how experts are reached.
-
-  Args:
-    model: to count.
-    batch_spec: shapes of a batch.
-    sizes: `parameter_sizes` of the two, where they are known already.
-  """
-
-  def scope(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-    part = next((part for kind, part in PARTS.items() if isinstance(context.module, kind)), None)
-    with jax.named_scope(f'[{part}]') if part else contextlib.nullcontext():
-      return call(*args, **kwargs)
-
-  def forward(variables: Any, batch: Any, key: jax.Array) -> Any:
-    with nn.intercept_methods(scope):
-      rngs = {'dropout': key, 'router': key}
-      return model.apply(variables, batch, train=True, rngs=rngs, mutable=['state'])[0][0]
-
-  key, batch = jax.eval_shape(lambda: jax.random.key(0)), dict(batch_spec)
-  variables = jax.eval_shape(lambda key, batch: nn.unbox(model.init(key, batch)), key, batch)
-  counted = _count(jax.make_jaxpr(forward)(variables, batch, key).jaxpr)
-  tokens = _tokens(batch_spec)
+def forward_flops(forward: ForwardPass) -> ForwardFlops:
+  """Counts by part. Backward takes twice as much, and what is recomputed comes on top."""
+  counted, tokens = _count(forward.jaxpr), forward.tokens
   through_experts = sum(
-    2 * active * tokens[_side(path)]
-    for path, (_, active) in (sizes or parameter_sizes(model, batch_spec)).items()
-    if 'experts' in path
+    2 * active * tokens[_side(path)] for path, (_, active) in parameter_sizes(forward).items() if 'experts' in path
   )
   active = counted.total() - counted['experts'] - counted['dispatch'] + through_experts
   return ForwardFlops({part: n / tokens['decoder'] for part, n in counted.items()}, active / tokens['decoder'])
 
 
-def _tokens(batch_spec: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, int]:
-  """Of a batch, padding too: 'encoder', 'decoder' -> how many."""
-  sides = ('encoder', 'decoder')
-  return {side: math.prod(batch_spec[name].shape) for side in sides if (name := f'{side}_input_tokens') in batch_spec}
-
-
-def _side(path: tuple[str, ...]) -> str:
-  """On whose tokens an array works: an encoder's on its own, all others on the decoder's."""
-  return 'encoder' if path[0] == 'encoder' else 'decoder'
-
-
-def model_flops(model: nn.Module, batch_spec: Mapping[str, jax.ShapeDtypeStruct]) -> int:
+def model_flops(forward: ForwardPass) -> int:
   """What training on a batch needs at least: 6 for each token and each parameter that works on it (Kaplan et al. 2020).
 
   Parameters of an encoder count on its tokens, all others on the decoder's, keys and values of cross-attention too. The
   input embedding does no work, and products of attention between tokens are left out, as is what is recomputed.
   """
-  tokens, sizes = _tokens(batch_spec), parameter_sizes(model, batch_spec)
-  untied = ('embedding', 'logits') in sizes
+  untied = ('embedding', 'logits') in forward.shapes
   return round(
     sum(
-      6 * active * tokens[_side(path)]
-      for path, (_, active) in sizes.items()
+      6 * active * forward.tokens[_side(path)]
+      for path, (_, active) in parameter_sizes(forward).items()
       if not (untied and path == ('embedding', 'table'))
     )
   )
+
+
+def _side(path: Path) -> str:
+  """On whose tokens an array works: an encoder's on its own, all others on the decoder's."""
+  return 'encoder' if path[0] == 'encoder' else 'decoder'

@@ -17,7 +17,8 @@ from moe_jax import sharding
 from moe_jax.analysis.chips import Chip, chip_of
 from moe_jax.analysis.compiled import COLLECTIVES, Operation, cycles, operations
 from moe_jax.analysis.flops import count_flops, model_flops
-from moe_jax.analysis.parameters import bytes_per_device, count_parameters, dispatch_bytes, exchanges
+from moe_jax.analysis.forward_pass import trace_forward
+from moe_jax.analysis.parameters import bytes_per_device, count_parameters, dispatch_bytes
 from moe_jax.analysis.step_time import describe_axes, step_seconds
 from moe_jax.objectives import LanguageModeling
 from moe_jax.runs import plan_page
@@ -74,7 +75,8 @@ def plan(
       function, args = compiled_step(program, objective, microbatches, trainable), (program.state_spec, _batch(program))
     else:
       function, args = decode_step(program, max_new_tokens)
-    count = count_parameters(objective.model, program.batch_spec)
+    forward = trace_forward(objective.model, program.batch_spec)
+    count = count_parameters(forward)
     piece = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct((x.shape[0] // microbatches, *x.shape[1:]), x.dtype), program.batch_spec
     )
@@ -93,7 +95,9 @@ def plan(
         'params': bytes_per_device(program.state_spec.params),
         'optimizer': bytes_per_device(program.state_spec.opt_state) if step == 'train' else 0,
         'temporaries': None,
-        'dispatch_buffers': dispatch_bytes(exchanges(objective.model, piece)) if step == 'train' else None,
+        'dispatch_buffers': dispatch_bytes(trace_forward(objective.model, piece).exchanges)
+        if step == 'train'
+        else None,
         'total': None,
       },
       'flops': count_flops(function, *args) // mesh.size,
@@ -119,7 +123,7 @@ def plan(
     result['bytes'] |= held_bytes(compiled)
     result['fits'] = None if chip is None else result['bytes']['total'] <= chip.memory
     if chip and step == 'train':
-      ideal = model_flops(objective.model, program.batch_spec) / (mesh.size * chip.peak)
+      ideal = model_flops(forward) / (mesh.size * chip.peak)
       result |= {f'mfu{k}': ideal / result['step_seconds'][n] for k, n in [('', 'overlapped'), ('_serial', 'serial')]}
   result['advice'] = advice(result)
   (folder / 'plan.json').write_text(json.dumps(result, indent=2))

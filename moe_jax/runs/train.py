@@ -3,7 +3,6 @@
 import functools
 import itertools
 import json
-import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,13 +13,8 @@ import numpy as np
 from moe_jax import sharding
 from moe_jax.analysis import compression
 from moe_jax.analysis.flops import forward_flops
-from moe_jax.analysis.parameters import (
-  bytes_per_device,
-  exchanged_bytes_per_token,
-  exchanges,
-  parameter_sizes,
-  total_count,
-)
+from moe_jax.analysis.forward_pass import trace_forward
+from moe_jax.analysis.parameters import bytes_per_device, count_parameters, exchanged_bytes_per_token
 from moe_jax.decode import Strategy
 from moe_jax.objectives import LanguageModeling
 from moe_jax.runs import infer
@@ -235,12 +229,11 @@ def train(
 
 def describe(program: Program) -> dict[str, Any]:
   """Sizes of a program, from shapes alone."""
-  model, batch, spec = program.objective.model, program.batch_spec, program.state_spec
+  spec = program.state_spec
   with program.activate():
-    parts = parameter_sizes(model, batch)
-    count, flops = total_count(parts), forward_flops(model, batch, parts)
-    tokens = math.prod(batch['decoder_input_tokens'].shape)
-    sent = exchanged_bytes_per_token(exchanges(model, batch), tokens // sharding.shards('batch'))
+    forward = trace_forward(program.objective.model, program.batch_spec)
+    count, flops, tokens = count_parameters(forward), forward_flops(forward), forward.tokens['decoder']
+    sent = exchanged_bytes_per_token(forward.exchanges, tokens // sharding.shards('batch'))
   sizes = {'parameters': spec.params, 'optimizer': spec.opt_state, 'gradients': spec.params}
   return {
     'parameters': count.total,

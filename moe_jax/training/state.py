@@ -69,7 +69,7 @@ def init_state(
   Raises:
     ConfigError: if an array does not divide over its mesh axes.
   """
-  _, names = abstract_variables(objective, batch_spec)
+  shapes, names = abstract_variables(objective, batch_spec)
   transform = optimizer(names['params'])
 
   def init() -> TrainState:
@@ -79,7 +79,9 @@ def init_state(
     params = variables.pop('params')
     return TrainState(jnp.int32(0), params, transform.init(params), variables)
 
-  abstract = jax.eval_shape(init)
+  params, variables = shapes['params'], {name: shape for name, shape in shapes.items() if name != 'params'}
+  step = jax.ShapeDtypeStruct((), jnp.int32)
+  abstract = TrainState(step, params, jax.eval_shape(transform.init, params), variables)
   param_shardings = _shardings(abstract.params, names['params'], mesh)
   shardings: Any = TrainState(
     step=NamedSharding(mesh, PartitionSpec()),  # type: ignore[arg-type]  # a state of shardings

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 import run
 from moe_jax.analysis import budget as budgets
 from moe_jax.analysis.budget import Budget, Candidate, candidates, dense_flops, opinions
+from moe_jax.analysis.forward_pass import trace_forward
 from moe_jax.analysis.parameters import count_parameters
 from moe_jax.analysis.published_laws import PUBLISHED
 from moe_jax.analysis.scaling_laws import ludziejewski_reduced
@@ -26,7 +27,7 @@ def test_parameters_are_those_of_the_model_that_gin_builds(fresh_gin, experts):
   bound = budgets.bindings(one, 2**20, 2048, 8, 32128)
   run.parse_gin('train', ['gin/experiments/advised.gin'], [f'{k} = {v!r}' for k, v in bound.items()], ['.'])
   given = gin.get_bindings(train)
-  count = count_parameters(given['objective'].model, given['data'].spec())
+  count = count_parameters(trace_forward(given['objective'].model, given['data'].spec()))
   norms, routers = (2 * 4 + 1) * 256, 4 * 256 * experts if experts > 1 else 0
   assert count.total == budgets.parameters(256, experts, 32128) + norms + routers
   assert count.active == one.active + norms + routers

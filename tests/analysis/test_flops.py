@@ -8,7 +8,8 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax import sharding
 from moe_jax.analysis.flops import count_flops, forward_flops, model_flops
-from moe_jax.analysis.parameters import Exchange, dispatch_bytes, exchanged_bytes_per_token, exchanges
+from moe_jax.analysis.forward_pass import Exchange, trace_forward
+from moe_jax.analysis.parameters import dispatch_bytes, exchanged_bytes_per_token
 from moe_jax.moe.dispatchers.all_to_all import all_to_all
 from moe_jax.moe.dispatchers.einsum import einsum
 from moe_jax.moe.dispatchers.gather import gather
@@ -59,7 +60,7 @@ def test_a_training_step_takes_what_its_model_needs_and_little_more(mesh, remat)
   with sharding.activate(mesh(), sharding.replicated_rules()):
     init = lambda key, batch: nn.unbox(objective.model.init(key, batch))['params']  # noqa: E731
     params = jax.eval_shape(init, jax.random.key(0), batch)
-    needed = model_flops(objective.model, batch)
+    needed = model_flops(trace_forward(objective.model, batch))
     taken = count_flops(lambda p, b: gradients(p, {}, b, jax.random.key(0), objective=objective)[0], params, batch)
   assert 1 < taken / needed < 2.5
   if remat == 'full':
@@ -83,7 +84,7 @@ def test_the_parts_of_a_forward_pass(mesh, dispatcher, scan):
   """Of 2 layers that are sparse: 8 experts of 32 hidden units, 2 of them chosen."""
   model, batch = tiny.decoder_only(dispatcher, scan=scan), shapes(tiny.batch())
   with sharding.activate(mesh(data=2, expert=4), sharding.replicated_rules()):
-    found = forward_flops(model, batch)
+    found = forward_flops(trace_forward(model, batch))
   length = batch['decoder_input_tokens'].shape[1]
   attention = 4 * (2 * 4 * 32 * 32 + 2 * 2 * 32 * length)
   exact = PARTS | {'attention': attention}
@@ -95,7 +96,7 @@ def test_the_parts_of_a_forward_pass(mesh, dispatcher, scan):
   assert found.total == sum(found.by_part.values())
   if dispatcher is not einsum and dispatcher is not ragged:
     assert found.by_part['experts'] == chosen  # at a capacity factor of 1: as many slots as choices
-  dense = forward_flops(tiny.decoder_only(expert_every=0), batch)
+  dense = forward_flops(trace_forward(tiny.decoder_only(expert_every=0), batch))
   assert dense.by_part == exact | {'dense': 2 * PARTS['dense']} and dense.active == dense.total
 
 
@@ -104,7 +105,7 @@ def test_what_goes_to_other_devices(mesh):
   batch = shapes(tiny.batch())
   for scan in (True, False):
     with sharding.activate(mesh(data=2, expert=4), sharding.replicated_rules()):
-      layers = exchanges(tiny.decoder_only(all_to_all, scan=scan), batch)
+      layers = trace_forward(tiny.decoder_only(all_to_all, scan=scan), batch).exchanges
       tokens = batch['decoder_input_tokens'].size // sharding.shards('batch')
       sent = exchanged_bytes_per_token(layers, tokens)
     assert sum(layer.repeats for layer in layers) == 2

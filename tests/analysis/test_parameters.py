@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax import sharding
+from moe_jax.analysis.forward_pass import trace_forward
 from moe_jax.analysis.parameters import bytes_per_device, count_parameters
 from moe_jax.moe.routers.top_k import TopKRouter
 from tests import tiny
@@ -21,13 +22,13 @@ def test_total_and_active_by_hand():
   shared = tiny.VOCAB * width + layers * attention + layers // 2 * (dense + width * experts) + norms
   for k in (1, 2, 5):
     router = tiny.make(TopKRouter, num_selected=k, gates='raw')
-    count = count_parameters(tiny.decoder_only(router=router), spec())
+    count = count_parameters(trace_forward(tiny.decoder_only(router=router), spec()))
     assert count.total == shared + layers // 2 * experts * expert
     assert count.active == shared + layers // 2 * k * expert
 
 
 def test_a_dense_model_is_active_throughout():
-  count = count_parameters(tiny.decoder_only(expert_every=0), spec())
+  count = count_parameters(trace_forward(tiny.decoder_only(expert_every=0), spec()))
   assert count.total == count.active
 
 

@@ -11,6 +11,7 @@ import pytest
 
 import run
 from moe_jax import sharding
+from moe_jax.analysis.forward_pass import trace_forward
 from moe_jax.analysis.parameters import parameter_sizes
 from moe_jax.batch import batch_spec
 from moe_jax.runs.train import train
@@ -37,7 +38,7 @@ def matrices(file, *bindings):
   lengths = {'targets': 16} if decoder_only else {'inputs': 16, 'targets': 16}
   batch = batch_spec(lengths, 1, 'decoder_only' if decoder_only else 'encoder_decoder')
   with sharding.activate(sharding.make_mesh({}, jax.devices()[:1]), sharding.replicated_rules()):
-    sizes = parameter_sizes(objective.model, batch)
+    sizes = parameter_sizes(trace_forward(objective.model, batch))
   return {path: size for path, size in sizes.items() if path[-1] != 'scale' and path[-2:] != ('relative', 'table')}
 
 
