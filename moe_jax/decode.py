@@ -56,6 +56,7 @@ class Strategy(Protocol):
     """Tokens int32[B, W, N] and scores float32[B, W], best first."""
 
 
+@sharding.whole_sequences()
 def decode(
   model: nn.Module,
   variables: Mapping[str, PyTree],

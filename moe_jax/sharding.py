@@ -5,6 +5,7 @@ Model code names logical axes ('expert', 'embed'); this file and `gin/meshes/` a
   replica  copies of everything; slices of a TPU that are linked by the data-centre network alone differ along it
   data     copies of everything, or shards of the weights (FSDP)
   expert   experts live along it; everywhere else it is more data parallelism, or by other rules more of the model's
+  sequence pieces of each sequence, where one is too long for a device; attention gathers keys and values along it
   model    tensor parallelism: heads, hidden widths, vocabulary
 """
 
@@ -20,13 +21,19 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.types import Array, ConfigError, Initializer
 
-MESH_AXES = ('replica', 'data', 'expert', 'model')
+MESH_AXES = ('replica', 'data', 'expert', 'sequence', 'model')
 AxisRules = Sequence[tuple[str, str | tuple[str, ...] | None]]
 
 _ACTIVATIONS: AxisRules = (
   ('batch', ('replica', 'data', 'expert')),
-  ('group', ('replica', 'data', 'expert')),  # tokens that are routed together
-  ('expert_group', ('replica', 'data')),  # groups as an expert sees them, after the all-to-all
+  ('length', 'sequence'),
+  ('group', ('replica', 'data', 'expert', 'sequence')),  # tokens that are routed together
+  ('expert_group', ('replica', 'data', 'sequence')),  # groups as an expert sees them, after the all-to-all
+)
+_WHOLE_SEQUENCES: AxisRules = (
+  ('length', None),
+  ('group', ('replica', 'data', 'expert')),
+  ('expert_group', ('replica', 'data')),
 )
 _EXPERTS: AxisRules = (('expert', 'expert'), ('expert_mlp', 'model'))
 _DENSE: AxisRules = (('vocab', 'model'), ('heads', 'model'), ('mlp', 'model'))
@@ -41,7 +48,8 @@ def replicated_rules() -> AxisRules:
 def fsdp_rules() -> AxisRules:
   """As `replicated_rules`, and the 'embed' axis of every weight is split over the data-parallel devices (ZeRO-3)."""
   # Expert weights already use the expert axis, so theirs falls through to the second rule.
-  return (*_ACTIVATIONS, *_EXPERTS, *_DENSE, *_WHOLE, ('embed', ('data', 'expert')), ('embed', 'data'))
+  split = (('embed', ('data', 'expert', 'sequence')), ('embed', ('data', 'sequence')))
+  return (*_ACTIVATIONS, *_EXPERTS, *_DENSE, *_WHOLE, *split)
 
 
 def tensor_over_experts_rules() -> AxisRules:
@@ -50,12 +58,12 @@ def tensor_over_experts_rules() -> AxisRules:
   Its tokens then are whole along the expert axis, and are split over it on the way into an expert layer.
   """
   wide = tuple((name, ('expert', 'model')) for name, _ in _DENSE)
-  return (('batch', ('replica', 'data')), *_ACTIVATIONS[1:], *_EXPERTS, *wide, *_WHOLE, ('embed', 'data'))
+  return (('batch', ('replica', 'data')), *_ACTIVATIONS[1:], *_EXPERTS, *wide, *_WHOLE, ('embed', ('data', 'sequence')))
 
 
 def data_model_rules() -> AxisRules:
   """On a mesh of 'data' and 'model' alone, such as T5X's own: experts live along the former, weights are replicated."""
-  activations = (('batch', 'data'), ('group', 'data'), ('expert_group', None))
+  activations = (('batch', 'data'), ('length', None), ('group', 'data'), ('expert_group', None))
   return (*activations, ('expert', 'data'), ('expert_mlp', 'model'), *_DENSE, *_WHOLE, ('embed', None))
 
 
@@ -81,7 +89,7 @@ def mesh_shape(wish: Mapping[str, int], num_devices: int, num_experts: int = 0, 
     free = max(1, num_devices // math.prod(size for size in shape.values() if size > 0))
     shape['expert'] = math.gcd(free, num_experts) if num_experts else 1
   if shape['data'] == -1:
-    shape['data'] = max(1, num_devices // (shape['replica'] * shape['expert'] * shape['model']))
+    shape['data'] = max(1, num_devices // math.prod(size for size in shape.values() if size > 0))
   if math.prod(shape.values()) != num_devices:
     raise ConfigError(
       f'MESH {shape} needs {math.prod(shape.values())} devices and there are {num_devices}:'
@@ -123,6 +131,14 @@ def activate(mesh: Mesh, rules: AxisRules) -> Iterator[None]:
   """The one way in: everything that initialises, traces or runs a model does so inside it."""
   # `jax.set_mesh`, not `with mesh:`; under the latter today's Flax drops logical constraints without a word.
   with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(rules)):
+    yield
+
+
+@contextlib.contextmanager
+def whole_sequences() -> Iterator[None]:
+  """Nothing is split along the sequence, such as where a text grows token by token: devices along it do the same."""
+  rules = nn.get_logical_axis_rules()
+  with nn.logical_axis_rules((*_WHOLE_SEQUENCES, *rules) if rules else ()):
     yield
 
 

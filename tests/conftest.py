@@ -88,9 +88,9 @@ def getkey(request: pytest.FixtureRequest) -> Callable[[], jax.Array]:
 def mesh() -> Callable[..., jax.sharding.Mesh]:
   """`mesh(data=2, expert=4)` is a mesh over the first eight devices."""
 
-  def make(data: int = 1, expert: int = 1, model: int = 1) -> jax.sharding.Mesh:
-    shape = {'data': data, 'expert': expert, 'model': model}
-    return sharding.make_mesh(shape, jax.devices()[: data * expert * model])
+  def make(data: int = 1, expert: int = 1, model: int = 1, sequence: int = 1) -> jax.sharding.Mesh:
+    shape = {'data': data, 'expert': expert, 'model': model, 'sequence': sequence}
+    return sharding.make_mesh(shape, jax.devices()[: data * expert * model * sequence])
 
   return make
 

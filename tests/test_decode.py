@@ -186,17 +186,23 @@ def test_a_row_alone_is_the_row_among_others(kind):
     np.testing.assert_allclose(score[0], scores[row], atol=1e-5)
 
 
-@pytest.mark.parametrize(('kind', 'strategy'), [('relative', GREEDY), ('encoder_decoder', Beam(3))])
-def test_eight_devices_are_one(kind, strategy, mesh):
+@pytest.mark.parametrize(
+  ('kind', 'strategy', 'shape'),
+  [
+    ('relative', GREEDY, {'data': 4, 'expert': 2}),
+    ('encoder_decoder', Beam(3), {'data': 2, 'expert': 2, 'sequence': 2}),
+  ],
+)
+def test_eight_devices_are_one(kind, strategy, shape, mesh):
   _, variables, *_ = program(kind)
   expected = decoder(kind, strategy)(variables, prompts(kind), key=KEY, eos_id=1)
-  with sharding.activate(mesh(data=4, expert=2), sharding.replicated_rules()):
+  with sharding.activate(mesh(**shape), sharding.replicated_rules()):
     run = jax.jit(decoder(kind, strategy).__wrapped__)
     tokens, scores = run(variables, prompts(kind), key=KEY, eos_id=1)
     np.testing.assert_array_equal(tokens, expected[0])
     np.testing.assert_allclose(scores, expected[1], atol=1e-5)
     few = {name: value[:6] for name, value in prompts(kind).items()}
-    with pytest.raises(ConfigError, match='6 prompts do not divide over 8 data-parallel devices'):
+    with pytest.raises(ConfigError, match=r'6 prompts do not divide over [48] data-parallel devices'):
       run(variables, few, key=KEY, eos_id=1)
 
 

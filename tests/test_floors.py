@@ -40,7 +40,7 @@ STRANGERS = {
 }
 TENSORFLOW = {'clu', 'seqio', 't5x', 'tensorflow', 'tensorflow_datasets'}  # slow to import, and not needed to train
 ABOUT_TENSORFLOW = {'moe_jax/data.py', 'moe_jax/interop/t5x.py'}
-MESH_AXES = {'replica', 'data', 'expert', 'model'}
+MESH_AXES = {'replica', 'data', 'expert', 'sequence', 'model'}
 
 
 def imports(tree, deep=True):

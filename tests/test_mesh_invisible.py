@@ -17,9 +17,13 @@ from moe_jax.training.step import gradients
 from tests import tiny
 
 REPLICATED = sharding.replicated_rules()
-MESHES = [(1, 1, 1), (2, 4, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2)]
 DISPATCHERS = {'einsum': einsum, 'all_to_all': all_to_all}
 KINDS = {'decoder_only': tiny.decoder_only, 'encoder_decoder': tiny.encoder_decoder}
+
+
+def slow(*values: Any) -> Any:
+  """A case that others make likely."""
+  return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def one_step(kind: str, mesh: Any, rules: Any, microbatches: int = 1, params: Any = None, **options: Any) -> Any:
@@ -67,8 +71,15 @@ def assert_same(actual: Any, expected: Any) -> None:
     assert error <= 1e-5, f'{jax.tree_util.keystr(path)}: relative error {error}'
 
 
-@pytest.mark.parametrize('dispatcher, microbatches', [('einsum', 1), ('all_to_all', 4)])
-@pytest.mark.parametrize('shape', MESHES)
+@pytest.mark.parametrize(
+  'dispatcher, microbatches, shape',
+  [
+    *(('einsum', 1, shape) for shape in [(1, 1, 1), (8, 1, 1), (2, 2, 2)]),
+    *(('all_to_all', 4, shape) for shape in [(2, 4, 1), (1, 8, 1), (2, 2, 2)]),
+    *(slow('einsum', 1, shape) for shape in [(2, 4, 1), (1, 8, 1)]),
+    *(slow('all_to_all', 4, shape) for shape in [(1, 1, 1), (8, 1, 1)]),
+  ],
+)
 def test_decoder_only(mesh, shape, dispatcher, microbatches):
   options = {'dispatcher': DISPATCHERS[dispatcher]}
   actual = one_step('decoder_only', mesh(*shape), REPLICATED, microbatches, initial('decoder_only'), **options)
@@ -94,15 +105,29 @@ def test_with_all_the_compilers_optimizations(mesh, dispatcher):
   assert_same(actual, reference('decoder_only'))
 
 
-@pytest.mark.parametrize('rules', [sharding.replicated_rules(), sharding.fsdp_rules()], ids=['replicated', 'fsdp'])
-@pytest.mark.parametrize('shape', [(2, 4, 1), (2, 2, 2)])
+@pytest.mark.parametrize(
+  'shape, rules',
+  [
+    ((2, 4, 1), sharding.replicated_rules()),
+    ((2, 2, 2), sharding.fsdp_rules()),
+    slow((2, 4, 1), sharding.fsdp_rules()),
+    slow((2, 2, 2), sharding.replicated_rules()),
+  ],
+)
 def test_encoder_decoder(mesh, shape, rules):
   actual = one_step('encoder_decoder', mesh(*shape), rules, 2, initial('encoder_decoder'), dispatcher=all_to_all)
   assert_same(actual, reference('encoder_decoder'))
 
 
-@pytest.mark.parametrize('dispatcher, microbatches', [('einsum', 4), ('all_to_all', 1)])
-@pytest.mark.parametrize('shape', [(1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize(
+  'dispatcher, microbatches, shape',
+  [
+    ('einsum', 4, (1, 1, 1)),
+    ('all_to_all', 1, (2, 2, 2)),
+    slow('einsum', 4, (2, 2, 2)),
+    slow('all_to_all', 1, (1, 1, 1)),
+  ],
+)
 def test_unrolled_equals_scanned(mesh, shape, dispatcher, microbatches):
   stacked = initial('decoder_only')
   repeats = 2
@@ -116,8 +141,10 @@ def test_unrolled_equals_scanned(mesh, shape, dispatcher, microbatches):
   assert_same((grads, metrics), reference('decoder_only'))
 
 
-@pytest.mark.parametrize('dispatcher', DISPATCHERS)
-@pytest.mark.parametrize('shape', [(2, 4, 1), (2, 2, 2)])
+@pytest.mark.parametrize(
+  'dispatcher, shape',
+  [('einsum', (2, 4, 1)), ('all_to_all', (2, 2, 2)), slow('einsum', (2, 2, 2)), slow('all_to_all', (2, 4, 1))],
+)
 def test_dense_layers_may_split_the_same_devices_otherwise(mesh, shape, dispatcher):
   rules = sharding.tensor_over_experts_rules()
   options = {'dispatcher': DISPATCHERS[dispatcher]}
@@ -131,6 +158,28 @@ def test_replicas_are_invisible_too(dispatcher):
   options = {'dispatcher': DISPATCHERS[dispatcher]}
   actual = one_step('decoder_only', mesh, sharding.fsdp_rules(), 1, initial('decoder_only'), **options)
   assert_same(actual, reference('decoder_only'))
+
+
+@pytest.mark.parametrize(
+  'dispatcher, rules',
+  [
+    ('einsum', sharding.replicated_rules()),
+    ('all_to_all', sharding.fsdp_rules()),
+    slow('einsum', sharding.fsdp_rules()),
+    slow('all_to_all', sharding.replicated_rules()),
+  ],
+)
+def test_sequences_in_pieces(mesh, dispatcher, rules):
+  the_mesh = mesh(data=2, expert=2, sequence=2)
+  options = {'dispatcher': DISPATCHERS[dispatcher]}
+  actual = one_step('decoder_only', the_mesh, rules, 2, initial('decoder_only'), **options)
+  assert_same(actual, reference('decoder_only'))
+
+
+def test_sequences_of_encoders_in_pieces(mesh):
+  the_mesh, weights = mesh(expert=2, sequence=2, model=2), initial('encoder_decoder')
+  actual = one_step('encoder_decoder', the_mesh, sharding.fsdp_rules(), 1, weights, dispatcher=all_to_all)
+  assert_same(actual, reference('encoder_decoder'))
 
 
 def test_the_reference_is_not_trivial():

@@ -102,6 +102,7 @@ def test_an_encoder_decoder_runs_too_scanned_and_rematerialised(tmp_path):
   folder = tmp_path / 'run'
   more = ["--gin.TASK_FEATURE_LENGTHS={'inputs': 64, 'targets': 32}", '--gin.GROUP_SIZE=32', '--gin.NUM_LAYERS=4']
   more += ['--gin.SCAN=True', "--gin.REMAT='full'", f"--gin.MODEL_DIR='{folder}'", '--gin.TRAIN_STEPS=4']
+  more += ['--gin.STRATEGY=None', '--gin.EVAL_STEPS=1']
   small = [
     a
     for a in SMALL

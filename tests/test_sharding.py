@@ -9,6 +9,8 @@ from jax.sharding import AxisType, PartitionSpec
 from moe_jax import sharding
 from moe_jax.types import ConfigError
 
+SHARDS, FULL = ('data', 'sequence'), ('data', 'expert', 'sequence')  # of weights, experts' and others
+GROUPS = ('replica', 'data', 'expert', 'sequence')
 REPLICATED, FSDP = sharding.replicated_rules(), sharding.fsdp_rules()
 
 
@@ -33,7 +35,9 @@ REPLICATED, FSDP = sharding.replicated_rules(), sharding.fsdp_rules()
   ],
 )
 def test_mesh_shape(wish, devices, experts, shape):
-  assert sharding.mesh_shape(wish, devices, experts) == dict(zip(sharding.MESH_AXES, (1, *shape), strict=True))
+  data, expert, model = shape
+  expected = {'replica': 1, 'data': data, 'expert': expert, 'sequence': 1, 'model': model}
+  assert sharding.mesh_shape(wish, devices, experts) == expected
 
 
 @pytest.mark.parametrize(
@@ -45,7 +49,7 @@ def test_mesh_shape(wish, devices, experts, shape):
     ({'data': 3, 'expert': -1}, 8, 'needs 6 devices and there are 8'),
     ({'data': -1, 'model': 16}, 8, 'needs 16 devices and there are 8'),
     ({'data': 2, 'expert': -1, 'model': 8}, 8, 'needs 16 devices and there are 8'),
-    ({'experts': 8}, 8, "unknown axis 'experts'.* data, expert, model"),
+    ({'experts': 8}, 8, "unknown axis 'experts'.* data, expert, sequence, model"),
     ({'model': -1}, 8, 'positive, or -1 on data or expert'),
     ({'data': 0}, 8, 'positive'),
     ({'data': -2}, 8, 'positive'),
@@ -58,7 +62,7 @@ def test_mesh_shapes_that_cannot_be(wish, devices, complaint):
 
 def test_mesh():
   mesh = sharding.make_mesh({'data': 1, 'expert': 2, 'model': 2})
-  assert dict(mesh.shape) == {'replica': 1, 'data': 1, 'expert': 2, 'model': 2}
+  assert dict(mesh.shape) == {'replica': 1, 'data': 1, 'expert': 2, 'sequence': 1, 'model': 2}
   assert mesh.axis_names == sharding.MESH_AXES and set(mesh.axis_types) == {AxisType.Auto}
   assert list(mesh.devices.flat) == jax.devices()[:4]
 
@@ -71,16 +75,21 @@ def spec(rules, mesh, *names):
 @pytest.mark.parametrize(
   ('names', 'replicated', 'fsdp'),
   [
-    (('expert', 'embed', None, 'expert_mlp'), ('expert', None, None, 'model'), ('expert', 'data', None, 'model')),
-    (('expert', 'expert_mlp', 'embed'), ('expert', 'model', None), ('expert', 'model', 'data')),
-    (('layers', 'expert', 'expert_mlp', 'embed'), (None, 'expert', 'model', None), (None, 'expert', 'model', 'data')),
-    (('embed', 'heads', 'head_dim'), (None, 'model', None), (('data', 'expert'), 'model', None)),
-    (('embed', None, 'mlp'), (None, None, 'model'), (('data', 'expert'), None, 'model')),
-    (('vocab', 'embed'), ('model', None), ('model', ('data', 'expert'))),
-    (('embed',), (None,), (('data', 'expert'),)),
+    (('expert', 'embed', None, 'expert_mlp'), ('expert', None, None, 'model'), ('expert', SHARDS, None, 'model')),
+    (('expert', 'expert_mlp', 'embed'), ('expert', 'model', None), ('expert', 'model', SHARDS)),
+    (('layers', 'expert', 'expert_mlp', 'embed'), (None, 'expert', 'model', None), (None, 'expert', 'model', SHARDS)),
+    (('embed', 'heads', 'head_dim'), (None, 'model', None), (FULL, 'model', None)),
+    (('embed', None, 'mlp'), (None, None, 'model'), (FULL, None, 'model')),
+    (('vocab', 'embed'), ('model', None), ('model', FULL)),
+    (('embed',), (None,), (FULL,)),
     (('batch', None), (('replica', 'data', 'expert'), None), (('replica', 'data', 'expert'), None)),
-    (('group', None), (('replica', 'data', 'expert'), None), (('replica', 'data', 'expert'), None)),
-    (('expert_group', 'expert'), (('replica', 'data'), 'expert'), (('replica', 'data'), 'expert')),
+    (('batch', 'length'), (('replica', 'data', 'expert'), 'sequence'), (('replica', 'data', 'expert'), 'sequence')),
+    (('group', None), (GROUPS, None), (GROUPS, None)),
+    (
+      ('expert_group', 'expert'),
+      (('replica', 'data', 'sequence'), 'expert'),
+      (('replica', 'data', 'sequence'), 'expert'),
+    ),
   ],
 )
 def test_rules(names, replicated, fsdp, mesh):
@@ -92,18 +101,27 @@ def test_experts_and_dense_layers_split_the_same_devices_differently(mesh):
   rules = sharding.tensor_over_experts_rules()
   for names, where in [
     (('batch', None), (('replica', 'data'), None)),
-    (('group', None), (('replica', 'data', 'expert'), None)),
-    (('embed', 'heads', 'head_dim'), ('data', ('expert', 'model'), None)),
-    (('expert', 'embed', None, 'expert_mlp'), ('expert', 'data', None, 'model')),
+    (('group', None), (GROUPS, None)),
+    (('embed', 'heads', 'head_dim'), (SHARDS, ('expert', 'model'), None)),
+    (('expert', 'embed', None, 'expert_mlp'), ('expert', SHARDS, None, 'model')),
   ]:
     assert spec(rules, mesh(2, 2, 2), *names) == PartitionSpec(*where)
 
 
 def test_slices_differ_in_replicas_alone():
   shape = sharding.mesh_shape({'data': -1, 'expert': -1}, 64, 16, num_slices=2)
-  assert shape == {'replica': 2, 'data': 2, 'expert': 16, 'model': 1}
+  assert shape == {'replica': 2, 'data': 2, 'expert': 16, 'sequence': 1, 'model': 1}
   with pytest.raises(ConfigError, match='there are 2 slices'):
     sharding.mesh_shape({'replica': 1, 'data': -1}, 64, 16, num_slices=2)
+
+
+def test_where_texts_grow_nothing_is_split_along_them(mesh):
+  with sharding.activate(mesh(data=2, sequence=4), FSDP), sharding.whole_sequences():
+    assert sharding.spec('batch', 'length') == PartitionSpec(('replica', 'data', 'expert'), None)
+    assert (sharding.shards('group'), sharding.shards('length')) == (2, 1)
+    assert sharding.spec('embed') == PartitionSpec(FULL)
+  with sharding.whole_sequences():
+    assert sharding.shards('group') == 1
 
 
 def test_a_name_without_a_rule_is_refused(mesh):

@@ -109,7 +109,8 @@ def parameters_of(model: nn.Module, mesh: Mesh | None = None) -> dict[str, jax.S
     f'{side}_{name}' for side in ('encoder', 'decoder') for name in ('input_tokens', 'segment_ids', 'positions')
   ]
   batch = {name: jax.ShapeDtypeStruct((rows, 8), jnp.int32) for name in features}
-  boxed = jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)), batch)['params']
+  with sharding.whole_sequences():
+    boxed = jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)), batch)['params']
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   found = {}
   for path, box in flatten_dict(boxed, sep='/').items():

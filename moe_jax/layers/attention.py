@@ -47,7 +47,11 @@ class _Attention(nn.Module):
     start = self.head_dim**-0.5 / self.query_scale if name == 'query' and self.query_scale else 1.0
     init = sharding.partitioned(lambda *args: start * plain(*args), 'embed', 'heads', 'head_dim')
     kernel = self.param(name, init, (x.shape[-1], heads, self.head_dim)).astype(self.dtype)
-    return sharding.constrain(jnp.einsum('blm,mhd->blhd', x.astype(self.dtype), kernel), 'batch', None, 'heads', None)
+    return self.placed(name, jnp.einsum('blm,mhd->blhd', x.astype(self.dtype), kernel))
+
+  def placed(self, name: str, x: Array) -> Array:
+    """float[B, L, heads, D], along the sequence too if a query: keys and values are gathered whole."""
+    return sharding.constrain(x, 'batch', 'length' if name == 'query' else None, 'heads', None)
 
   def attend(self, query: Array, key: Array, value: Array, mask: Array, bias: Array | None, width: int) -> Array:
     """float[B, Lq, H, D] and float[B, Lk, K, D] twice -> float[B, Lq, M]; softmax in float32."""
@@ -92,7 +96,7 @@ class SelfAttention(_Attention):
           f' {heads} * {self.head_dim} is not {x.shape[-1]}.'
         )
       y, reports[name] = self.experts[name](name=f'{name}_experts')(x, context)
-      return sharding.constrain(y.reshape(*x.shape[:2], heads, -1), 'batch', None, 'heads', None)
+      return self.placed(name, y.reshape(*x.shape[:2], heads, -1))
 
     if unknown := sorted(set(self.experts) - {'query', 'key', 'value'}):
       raise ConfigError(f'{unknown[0]!r} is no projection of attention that experts can be: query, key, value are.')

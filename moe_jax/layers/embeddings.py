@@ -32,7 +32,7 @@ class TokenEmbedding(nn.Module):
 
   def encode(self, token_ids: Array) -> Array:
     """int32[B, L] -> float[B, L, M]."""
-    return constrain(jnp.take(self.table.astype(self.dtype), token_ids, axis=0), 'batch', None, None)
+    return constrain(jnp.take(self.table.astype(self.dtype), token_ids, axis=0), 'batch', 'length', None)
 
   def decode(self, x: Array) -> Array:
     """float[B, L, M] -> logits float32[B, L, V]."""
@@ -42,4 +42,4 @@ class TokenEmbedding(nn.Module):
     else:
       kernel, letters = self.logits_kernel, 'blm,mv->blv'
     logits = jnp.einsum(letters, x, kernel.astype(self.dtype), preferred_element_type=jnp.float32)
-    return constrain(logits, 'batch', None, 'vocab')
+    return constrain(logits, 'batch', 'length', 'vocab')

@@ -59,6 +59,6 @@ class Mlp(nn.Module):
       for i in range(len(self.activations))
     ]
     wo = self.param('wo', wo_init, (self.hidden_dim, width)).astype(self.dtype)
-    hidden = sharding.constrain(apply_activations(branches, self.activations), 'batch', None, 'mlp')
+    hidden = sharding.constrain(apply_activations(branches, self.activations), 'batch', 'length', 'mlp')
     hidden = nn.Dropout(self.dropout_rate, deterministic=not context.train)(hidden)
     return hidden @ wo, Aux()

@@ -35,7 +35,7 @@ class Block(nn.Module):
       y = rms_norm(f'{name}_norm', self.dtype, epsilon=self.norm_epsilon)(x)
       y, reports[name] = sublayer(name=name)(y, context)
       y = nn.Dropout(self.dropout_rate, deterministic=not context.train)(y)
-      x = sharding.constrain(x + y, 'batch', None, None)
+      x = sharding.constrain(x + y, 'batch', 'length', None)
     return x, nest(**reports)
 
 

@@ -156,10 +156,12 @@ def decode_step(program: Program, max_new_tokens: int) -> tuple[Any, tuple[PyTre
   prompt = {k: s for k, s in batch.items() if k.removeprefix('decoder_').removeprefix('encoder_') in names}
   slots = prompt['decoder_input_tokens'].shape[1] + max_new_tokens
 
+  @sharding.whole_sequences()
   def begin(variables: PyTree, batch: PyTree) -> PyTree:
     encoded, _ = model.apply(variables, batch, method='encode')
     return model.apply(variables, batch, encoded, cache_length=slots, method='decode', mutable=['cache'])[1]
 
+  @sharding.whole_sequences()
   def extend(variables: PyTree, cache: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
     (logits, _), cache = model.apply(
       {**variables, **cache}, batch, None, cache_length=slots, method='decode', mutable=['cache']

@@ -61,7 +61,7 @@ class Devices:
       jax.config.update('jax_platforms', 'cpu')  # the compiler's library would look for a TPU here
     devices = topology_devices(self.topology) if self.topology else jax.devices()
     shape = sharding.mesh_shape(self.mesh, len(devices), self.num_experts, sharding.count_slices(devices))
-    free = len(devices) // (shape['replica'] * shape['model'])
+    free = len(devices) // (shape['replica'] * shape['sequence'] * shape['model'])
     widest = math.gcd(free, self.num_experts) if self.num_experts else 1
     if shape['expert'] < widest:
       notice(
@@ -168,8 +168,8 @@ class Program:
 
   @property
   def mesh_axes(self) -> dict[str, int]:
-    """Mesh axis -> size, replicas only where there are several."""
-    return {axis: size for axis, size in self.mesh.shape.items() if size > 1 or axis != 'replica'}
+    """Mesh axis -> size; those that few need only where they are used."""
+    return {axis: size for axis, size in self.mesh.shape.items() if size > 1 or axis not in ('replica', 'sequence')}
 
   @property
   def everywhere(self) -> NamedSharding:
@@ -206,6 +206,12 @@ def build(
         f' in {microbatches} microbatches: use a multiple of {ways}.'
       )
     spec = data.spec()
+    for name, feature in spec.items():
+      if feature.shape[1] % (pieces := sharding.shards('length')):
+        raise ConfigError(
+          f'{name} is {feature.shape[1]} tokens long, which do not divide over the mesh axis sequence of {pieces}:'
+          ' change TASK_FEATURE_LENGTHS, or MESH.'
+        )
     make_state, state_spec, transform = init_state(objective, optimizer, spec, mesh, seed)
   return Program(objective, mesh, devices.axis_rules, spec, state_spec, make_state, transform)
 

@@ -50,7 +50,7 @@ def teacher(
 
     def predict(variables: Any, batch: Batch) -> Array:
       logits, _ = objective.model.apply(variables, objective.counted(batch), train=False)
-      return sharding.constrain(logits.astype(dtype), 'batch', None, None)
+      return sharding.constrain(logits.astype(dtype), 'batch', 'length', None)
 
     compiled = jax.jit(predict).lower(variables, specs).compile()
     vocab_size = jax.eval_shape(predict, variables, specs).shape[-1]

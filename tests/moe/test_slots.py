@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_jax.moe.slots import fill, read, slot_map
@@ -28,6 +28,7 @@ def close(actual, expected):
   np.testing.assert_allclose(actual, expected, rtol=2e-5, atol=1e-5)
 
 
+@settings(max_examples=10)  # each compiles anew
 @given(
   groups=st.integers(1, 3), tokens=st.integers(1, 6), choices=st.integers(1, 4), slots=st.integers(1, 20),
   seed=st.integers(0, 2**16),
