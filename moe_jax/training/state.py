@@ -81,7 +81,7 @@ def init_state(
 
   params, variables = shapes['params'], {name: shape for name, shape in shapes.items() if name != 'params'}
   step = jax.ShapeDtypeStruct((), jnp.int32)
-  abstract: Any = TrainState(step, params, jax.eval_shape(transform.init, params), variables)
+  abstract: Any = TrainState(step, params, jax.eval_shape(transform.init, params), variables)  # type: ignore[arg-type]
   param_shardings = _shardings(abstract.params, names['params'], mesh)
   shardings: Any = TrainState(
     step=NamedSharding(mesh, PartitionSpec()),  # type: ignore[arg-type]  # a state of shardings
