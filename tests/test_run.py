@@ -196,6 +196,11 @@ def test_gin_reaches_what_it_may(tmp_path, capsys):
     (['--gin.GROUP_SIZE=48'], 'GROUP_SIZE=48 does not divide sequences of 64: 32 and 64 would.'),
     (["--gin.MESH={'data': 3}"], 'needs 3 devices and there are 8'),
     (["--gin.MESH={'date': 8}"], "unknown axis 'date'"),
+    (["--gin.MESH={'expert': 2, 'sequence': 4}"], 'GROUP_SIZE=64 does not divide the 16 tokens of a sequence'),
+    (
+      ["--gin.MESH={'sequence': 8}", "--gin.TASK_FEATURE_LENGTHS={'targets': 60}"],
+      'do not divide over the mesh axis seq',
+    ),
     (['--gin.EXPERT_EVERY=3'], 'EXPERT_EVERY=3 does not divide NUM_LAYERS=2'),
     (["--gin.MODEL_DIR='/dev/null/here'"], "MODEL_DIR '/dev/null/here' cannot be written to"),
     (["--gin.MIXTURE_OR_TASK_NAME='local_text_ml'"], "did you mean 'local_text_lm'?"),
@@ -219,7 +224,7 @@ def test_every_macro_works_alone(tmp_path):
   """Each can be overridden by itself on the command line."""
   overrides = ['NUM_EXPERTS=4', 'EXPERT_EVERY=1', 'EXPERT_EVERY=0', 'CAPACITY_FACTOR=1.0', 'EMBED_DIM=64', 'MLP_DIM=96']
   overrides += ['NUM_LAYERS=8', "MESH={'data': 2, 'expert': 2, 'model': 2}", 'BATCH_SIZE=16', 'DROPOUT_RATE=0.1']
-  overrides += ["DTYPE='bfloat16'", 'SCAN=False', "REMAT='none'"]
+  overrides += ["DTYPE='bfloat16'", 'SCAN=False', "REMAT='none'", "MESH={'data': 2, 'expert': 2, 'sequence': 2}"]
   cases = [('quickstart', override) for override in overrides]
   cases += [('st_moe_tiny', override) for override in ('EXPERT_EVERY=2', 'EXPERT_EVERY=0', 'NUM_LAYERS=8')]
   for experiment, override in cases:

@@ -6,6 +6,7 @@ that models may differ in EXPERT_EVERY, in NUM_LAYERS and in whether layers are 
 """
 
 import collections
+import itertools
 import json
 import re
 import zlib
@@ -278,8 +279,13 @@ def measured_loads(model_dir: str, last: int = 20) -> dict[str, Array]:
   return {stack: jnp.mean(jnp.asarray(values), axis=0) for stack, values in found.items()}
 
 
-def merge(saved: PyTree, fresh: PyTree, loads: Mapping[str, Array] | None = None) -> PyTree:
-  """Averages experts that stand side by side, E / E' to one, and the router's weights for them.
+def merge(
+  saved: PyTree,
+  fresh: PyTree,
+  loads: Mapping[str, Array] | None = None,
+  groups: Mapping[str, Sequence[Sequence[Sequence[int]]]] | None = None,
+) -> PyTree:
+  """Averages experts, by groups that become one each, and the router's weights for them.
 
   Where the new model is dense (EXPERT_EVERY = 0) all experts become its MLP. Experts of one seed alone can be averaged
   with sense: others have permuted units.
@@ -288,27 +294,38 @@ def merge(saved: PyTree, fresh: PyTree, loads: Mapping[str, Array] | None = None
     saved: of the model with more experts.
     fresh: of the one with fewer, or none.
     loads: as of `prune`, by which experts are weighed; None weighs all alike.
+    groups: stack, such as 'decoder/' -> for each sparse layer, the experts' numbers of each group; None: E / E' that
+      stand side by side.
 
   Raises:
-    ConfigError: if the new number of experts does not divide the old one, or the models differ otherwise.
+    ConfigError: if the experts do not fall evenly into as many groups as the new model has experts, or not each into
+      one of those that are given, or the models differ otherwise.
   """
+
+  def members(place: Place, sparse: int, before: int, after: int) -> Sequence[Sequence[int]]:
+    if groups is None:
+      if before % after:
+        raise ConfigError(f'{before} experts do not merge into {after} evenly: use a divisor.')
+      return [range(i, i + before // after) for i in range(0, before, before // after)]
+    given = groups[place.stack][sparse]
+    if len(given) != after or sorted(itertools.chain(*given)) != list(range(before)) or not all(given):
+      raise ConfigError(f'groups={given} of {place}: name each of {before} experts in one of {after} groups.')
+    return given
 
   def pick(place: Place, sparse: int, value: Array, axis: int, after: int) -> Array:
     before = value.shape[axis]
-    if before % after:
-      raise ConfigError(f'{before} experts do not merge into {after} evenly: use a divisor.')
-    weights = jnp.ones(before) if loads is None else jnp.asarray(loads[place.stack][sparse])
-    weights = weights.reshape(after, -1)
-    weights = weights / jnp.sum(weights, axis=1, keepdims=True)
-    parts = jnp.moveaxis(value, axis, 0).reshape(after, -1, *value.shape[:axis], *value.shape[axis + 1 :])
-    return jnp.moveaxis(jnp.einsum('ab,ab...->a...', weights, parts), 0, axis)
+    load = jnp.ones(before) if loads is None else jnp.asarray(loads[place.stack][sparse])
+    one_hot = [jnp.zeros(before).at[jnp.asarray(group)].set(1.0) for group in members(place, sparse, before, after)]
+    shares = jnp.stack(one_hot) * load[None]
+    shares = shares / jnp.sum(shares, axis=1, keepdims=True)
+    return jnp.moveaxis(jnp.tensordot(shares, value, axes=(1, axis)), 0, axis)
 
   return _fewer_experts(saved, fresh, pick)
 
 
 def _fewer_experts(saved: PyTree, fresh: PyTree, pick: Callable[[Place, int, Array, int, int], Array]) -> PyTree:
   read, flat = Reader(saved), flatten_dict(saved, sep='/')
-  dense = not any('/moe/' in path for path in flatten_dict(fresh, sep='/'))  # and has no use for routers
+  dense = not any('/moe/' in path for path in flatten_dict(fresh, sep='/'))
   sparse = collections.defaultdict(set)
   for place in places(flat):
     if place.sublayer == 'moe':
@@ -333,8 +350,10 @@ def _fewer_experts(saved: PyTree, fresh: PyTree, pick: Callable[[Place, int, Arr
     return value[0] if merged else value
 
   smaller = rebuilt(fresh, choose)
-  if not dense:
-    read.check_all_read()
+  for place in places(flat) if dense else ():
+    if place.sublayer == 'moe' and place.rest.startswith('router/'):
+      read(place)  # a dense model has no use for it
+  read.check_all_read()
   return smaller
 
 

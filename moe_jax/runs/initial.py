@@ -20,17 +20,19 @@ Transform = Callable[[PyTree, PyTree], PyTree]
 
 @dataclasses.dataclass(frozen=True)
 class Initial:
-  """Another run's weights. The optimizer, the step and the data begin anew.
+  """Another run's weights. The step and the data begin anew, and the optimizer if nothing else is said.
 
   Attributes:
     path: a MODEL_DIR, of which the newest checkpoint is taken, or MODEL_DIR/checkpoints/STEP; several are averaged;
       None draws at random.
     transform: makes this model's parameters of the other's and of those that this model would begin with by itself, as
       upcycling does; routers' memories then begin anew. None takes parameters and memories as they are.
+    optimizer_transform: makes the optimizer's state likewise, of one run's; None begins anew.
   """
 
   path: str | Sequence[str] | None = None
   transform: Transform | None = None
+  optimizer_transform: Transform | None = None
 
   def state(self, program: Program) -> TrainState:
     """The first state. Call it inside `program.activate`.
@@ -41,25 +43,34 @@ class Initial:
     if not self.path:
       return program.make_state()
     paths = [self.path] if isinstance(self.path, str) else self.path
+    if self.optimizer_transform and len(paths) > 1:
+      raise ConfigError('INITIAL_OPTIMIZER_TRANSFORM goes on from one run: INITIAL_CHECKPOINT_PATH names several.')
     others = [self._saved(path, program) for path in paths]
 
-    def begin(params: list[PyTree], variables: list[PyTree]) -> TrainState:
+    def begin(params: list[PyTree], variables: list[PyTree], optimizer: PyTree) -> TrainState:
       fresh = program.make_state()
       saved = average(params) if len(params) > 1 else params[0]
+      if self.optimizer_transform:
+        fresh = dataclasses.replace(fresh, opt_state=self.optimizer_transform(optimizer, fresh.opt_state))
       if self.transform:
         return dataclasses.replace(fresh, params=self.transform(saved, fresh.params))
       return dataclasses.replace(fresh, params=saved, variables=variables[-1])
 
-    shardings = jax.tree.map(lambda x: x.sharding, program.state_spec)
-    return jax.jit(begin, out_shardings=shardings)([x.params for x in others], [x.variables for x in others])
+    begun = jax.jit(begin, out_shardings=jax.tree.map(lambda x: x.sharding, program.state_spec))
+    return begun([x.params for x in others], [x.variables for x in others], others[-1].opt_state)
 
   def _saved(self, path: str, program: Program) -> TrainState:
     folder, step = find(path)
     spec = dataclasses.replace(program.state_spec, opt_state=None)
     with Checkpointer(folder, read_only=True) as checkpointer:
+      kept = checkpointer.weights(step, optimizer=self.optimizer_transform is not None)
+      saved = jax.tree.map(lambda x: sharding.spread(program.mesh, x), kept)
+      if self.optimizer_transform:
+        if saved.opt_state is None:
+          raise ConfigError(f'{path} has weights alone: begin without INITIAL_OPTIMIZER_TRANSFORM.')
+        spec = dataclasses.replace(spec, opt_state=saved.opt_state)
       if self.transform:
-        saved = jax.tree.map(lambda x: sharding.spread(program.mesh, x), checkpointer.weights(step).params)
-        spec = dataclasses.replace(spec, params=saved, variables=None)
+        spec = dataclasses.replace(spec, params=saved.params, variables=None)
       return checkpointer.restore(spec, step=step)
 
 

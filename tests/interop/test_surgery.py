@@ -204,6 +204,14 @@ def test_merging_weighs_experts_by_their_use(monkeypatch):
   fresh, _ = init(tiny.decoder_only(), 'decoder_only')
   with pytest.raises(ConfigError, match='8 experts do not merge into 3 evenly'):
     surgery.merge(params, fresh)
+  groups = {'stack_0/': [[[0, 5], [1, 2, 3, 4, 6], [7]], [[7, 0], [1], [2, 3, 4, 5, 6]]]}
+  after = surgery.merge(params, fresh, {'stack_0/': loads}, groups)['stack_0']['blocks']['moe']
+  np.testing.assert_allclose(after['experts']['wo'][0, 0], (before[0, 0] + before[0, 5]) / 2, rtol=1e-5, atol=1e-7)
+  np.testing.assert_allclose(after['experts']['wo'][1, 0], (8 * before[1, 7] + before[1, 0]) / 9, rtol=1e-5, atol=1e-7)
+  kernel = params['stack_0']['blocks']['moe']['router']['kernel']
+  np.testing.assert_allclose(after['router']['kernel'][0, :, 2], kernel[0, :, 7], rtol=1e-6)
+  with pytest.raises(ConfigError, match='name each of 8 experts in one of 3 groups'):
+    surgery.merge(params, fresh, groups={'stack_0/': [[[0, 5], [1, 2, 3, 4], [7]]] * 2})
 
 
 def test_a_student_begins_with_what_it_shares():

@@ -1,11 +1,14 @@
 """What a run begins with."""
 
+import pathlib
+
 import jax
 import numpy as np
 import optax
 import pytest
 
 from moe_jax import sharding
+from moe_jax.interop import surgery
 from moe_jax.moe.routers.bias_balanced import BiasBalancedRouter
 from moe_jax.objectives import LanguageModeling
 from moe_jax.runs.initial import Initial, find
@@ -14,8 +17,16 @@ from moe_jax.training.checkpoints import Checkpointer
 from moe_jax.training.state import init_state
 from moe_jax.types import ConfigError
 from tests import tiny
+from tests.interop.test_surgery import sized
 
 RULES = sharding.replicated_rules()
+
+
+class Nothing:
+  """The place in no data."""
+
+  def save(self, path):
+    pathlib.Path(path).touch()
 
 
 def program(mesh, seed=0, **options):
@@ -64,6 +75,31 @@ def test_a_transform_makes_them_fit(tmp_path, mesh):
   same(state.params['stack_0']['blocks_0'], other.params['stack_0']['blocks_0'])
   same(state.params['stack_0']['blocks_1'], fresh.params['stack_0']['blocks_1'])
   same(state.variables, fresh.variables)
+
+
+def test_an_optimizer_s_state_is_made_into_another(tmp_path, mesh, monkeypatch):
+  """A dense model's becomes an upcycled one's: each expert has the statistics of the dense layer."""
+  sized(monkeypatch)
+  other = program(mesh(), seed=1, expert_every=0)
+  with other.activate(), Checkpointer(tmp_path / 'dense') as checkpointer:
+    state = other.make_state()
+    state = state.replace(step=np.int32(7), opt_state=jax.tree.map(lambda x: x + 3, state.opt_state))
+    checkpointer.save(state, Nothing())
+    checkpointer.save(state.replace(step=np.int32(8), opt_state=None))
+  here = program(mesh(2, 4, 1))
+  given = {'transform': surgery.upcycle, 'optimizer_transform': surgery.upcycle_optimizer}
+  with here.activate():
+    begun = Initial(str(tmp_path / 'dense' / 'checkpoints' / '7'), **given).state(here)
+    with pytest.raises(ConfigError, match='has weights alone'):
+      Initial(str(tmp_path / 'dense'), **given).state(here)
+    with pytest.raises(ConfigError, match='names several'):
+      Initial([str(tmp_path / 'dense')] * 2, **given).state(here)
+  adam, blocks = jax.device_get(begun.opt_state)[0], lambda tree: tree['stack_0']['blocks']
+  assert adam.count == 3 and int(begun.step) == 0
+  np.testing.assert_array_equal(blocks(adam.mu)['moe']['experts']['wo'], 3)
+  np.testing.assert_array_equal(blocks(adam.nu)['moe']['router']['kernel'], 0)
+  dense = jax.device_get(blocks(state.params)['mlp']['wo'])
+  np.testing.assert_array_equal(blocks(jax.device_get(begun.params))['moe']['experts']['wo'][0, 5], dense[1])
 
 
 def test_where_nothing_is(tmp_path):

@@ -7,6 +7,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -90,6 +91,30 @@ def test_only_the_newest_are_kept(tmp_path, mesh):
     checkpointer.wait()
     assert checkpointer.all_steps() == [2, 3]
   assert sorted(path.name for path in (tmp_path / 'checkpoints').iterdir()) == ['2', '3']
+
+
+def test_a_slow_file_system_keeps_nobody_waiting_and_loses_nothing(tmp_path, mesh, monkeypatch):
+  """Training goes on, in the place of the arrays that are being saved."""
+  make_state, spec = prepare(mesh())
+  names = {name: getattr(os, name) for name in ('rename', 'replace')}
+  for name, move in names.items():
+    monkeypatch.setattr(os, name, lambda *args, move=move, **options: (time.sleep(0.2), move(*args, **options))[1])
+  before = {}
+  with sharding.activate(mesh(), RULES), Checkpointer(tmp_path, keep=2) as checkpointer:
+    for step in (1, 2, 3):
+      params = jax.tree.map(lambda x, step=step: x + step, make_state().params)
+      state = make_state().replace(step=np.int32(step), params=params)
+      before[step] = jax.device_get(params)
+      checkpointer.save(state, Counter(step))
+      assert not (tmp_path / 'checkpoints' / str(step)).exists(), 'it does not wait'
+      jax.tree.map(lambda x: x.delete(), params)
+  with sharding.activate(mesh(), RULES), Checkpointer(tmp_path) as checkpointer:
+    assert checkpointer.all_steps() == [2, 3]
+    for step in (2, 3):
+      iterator = Counter()
+      restored = checkpointer.restore(spec, iterator, step=step)
+      assert iterator.at == step
+      jax.tree.map(np.testing.assert_array_equal, before[step], jax.device_get(restored.params))
 
 
 def test_what_is_half_removed_is_not_seen(tmp_path, mesh, monkeypatch):
