@@ -1,7 +1,11 @@
-"""Two downstream tasks made of Python code that is already on this machine: they need no download.
+"""Downstream tasks made of Python code that is already on this machine: they need no download.
 
   local_docstring_name   'inputs' "name: (path, start=None) Return a relative version of path"   'targets' "relpath"
   local_text_source      'inputs' "package: def feed(self, data): ..."                           'targets' "email"
+  local_next_line_score_eval   'inputs' the end of what stands before in a function   'targets' each of four lines
+
+The last is for models that were trained on `local_text_lm`, and to evaluate alone: the wrong lines are of other
+functions of the same file, indented alike, and there is no EOS between text and line.
 
 Functions are those of the files of `local_text`, folders named test aside. One file in twenty is for validation, and no
 file is in both splits.
@@ -10,24 +14,30 @@ file is in both splits.
 import ast
 import functools
 import os
+import random
 import tokenize
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import seqio
 import tensorflow as tf
 
 from moe_jax.types import ConfigError
 from tasks.local_text import split_files
-from tasks.metrics import accuracy, exact_match, word_f1
+from tasks.metrics import accuracy, exact_match, multiple_choice, word_f1
+from tasks.multiple_choice import rank_choices
+from tasks.postprocessors import choice_of_question
 from tasks.preprocessors import TO_TOKENS
-from tasks.vocabularies import features
+from tasks.vocabularies import features, vocabulary
 
 PACKAGES = ('asyncio', 'email', 'idlelib', 'importlib', 'multiprocessing', 'tkinter', 'unittest', 'xml')
 FEWEST_LINES = 4  # of source by which a package is to be told
 
-Example = tuple[str, str]  # inputs, targets
+CONTEXT = 160  # bytes before a line, at most
+LONGEST, SHORTEST, CHOICES = 96, 12, 4  # bytes of a line, and lines to choose from
+Example = Mapping[str, Any]  # inputs and targets; or inputs, choices and worth, see `rank_choices`
 
 
 class Function(NamedTuple):
@@ -64,7 +74,7 @@ def names_of_docstrings(path: str) -> Iterator[Example]:
   """What a function takes and says of itself, and its name; of those that Python does not name."""
   for function in functions_of(path):
     if function.docstring and not function.name.startswith('__'):
-      yield f'name: ({function.arguments}) {function.docstring}', function.name
+      yield {'inputs': f'name: ({function.arguments}) {function.docstring}', 'targets': function.name}
 
 
 def packages_of_sources(path: str) -> Iterator[Example]:
@@ -73,18 +83,37 @@ def packages_of_sources(path: str) -> Iterator[Example]:
   if package:
     for function in functions_of(path):
       if function.source.count('\n') >= FEWEST_LINES - 1:
-        yield f'package: {function.source}', package
+        yield {'inputs': f'package: {function.source}', 'targets': package}
+
+
+def next_lines(path: str) -> Iterator[Example]:
+  """A function up to its middle, and four lines: the next one, and others of the file that it does not have."""
+  functions = functions_of(path)
+  long = lambda line: len(line.strip()) >= SHORTEST and len(line.encode()) <= LONGEST  # noqa: E731
+  indent = lambda line: len(line) - len(line.lstrip())  # noqa: E731
+  known = sorted({line for function in functions for line in function.source.splitlines() if long(line)})
+  for function in functions:
+    lines = function.source.splitlines()
+    at = next((i for i in range(max(len(lines) // 2, 1), len(lines)) if long(lines[i])), None)
+    if at is None:
+      continue
+    others = [line for line in known if indent(line) == indent(lines[at]) and line not in lines]
+    if len(others) >= CHOICES - 1:
+      draw = random.Random(zlib.crc32(function.source.encode()))
+      choices = draw.sample([lines[at], *draw.sample(others, CHOICES - 1)], CHOICES)
+      before = '\n'.join([*lines[:at], '']).encode()[-CONTEXT:].decode(errors='ignore')
+      yield {'inputs': before, 'choices': choices, 'worth': [float(choice == lines[at]) for choice in choices]}
 
 
 class LocalCode(seqio.DataSource):
-  """What `examples_of` makes of each file, {'inputs': string[], 'targets': string[]}, all in memory."""
+  """What `examples_of` makes of each file, all in memory."""
 
   # As in `local_text.LocalFiles`; here examples are shared out, not files.
   supports_arbitrary_sharding = True
 
-  def __init__(self, examples_of: Callable[[str], Iterator[Example]]):
+  def __init__(self, examples_of: Callable[[str], Iterator[Example]], splits: Sequence[str] = ('train', 'validation')):
     self._examples_of = examples_of
-    super().__init__(splits=('train', 'validation'))
+    super().__init__(splits=splits)
 
   def list_shards(self, split: str) -> list[str]:
     return ['all']
@@ -110,10 +139,10 @@ class LocalCode(seqio.DataSource):
     **unused: object,
   ) -> tf.data.Dataset:
     shard = shard_info or seqio.ShardInfo(index=0, num_shards=1)
-    examples = self.examples(split)[shard.index :: shard.num_shards]
-    pairs = tf.reshape(tf.constant(examples, tf.string), [-1, 2])
-    dataset = tf.data.Dataset.from_tensor_slices({'inputs': pairs[:, 0], 'targets': pairs[:, 1]})
-    return dataset.shuffle(max(len(examples), 1), seed=seed) if shuffle else dataset
+    examples = self.examples(split)
+    columns = {name: [example[name] for example in examples] for name in examples[0]}
+    dataset = tf.data.Dataset.from_tensor_slices(columns).shard(shard.num_shards, shard.index)
+    return dataset.shuffle(len(examples), seed=seed) if shuffle else dataset
 
   def num_input_examples(self, split: str) -> int:
     return len(self.examples(split))
@@ -131,3 +160,11 @@ def _add(name: str, examples_of: Callable[[str], Iterator[Example]], metrics: li
 
 _add('local_docstring_name', names_of_docstrings, [exact_match, word_f1])
 _add('local_text_source', packages_of_sources, [accuracy])
+seqio.TaskRegistry.add(
+  'local_next_line_score_eval',
+  source=LocalCode(next_lines, ['validation']),
+  preprocessors=[rank_choices, seqio.preprocessors.tokenize, seqio.CacheDatasetPlaceholder()],
+  output_features=dict.fromkeys(('inputs', 'targets'), seqio.Feature(vocabulary(), add_eos=False)),
+  postprocess_fn=choice_of_question,
+  metric_fns=[multiple_choice],
+)

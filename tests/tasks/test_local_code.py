@@ -66,6 +66,44 @@ def test_a_source_tells_its_package(library):
   assert all(source.startswith('package: def put_back(self') for source, _ in pairs)
 
 
+NEXT = """
+def one(shelf):
+  first = shelf.lowest()
+  return first.books()
+
+def two(shelf):
+  if shelf is None:
+    raise ValueError(shelf)
+  return sorted(shelf.everything)
+
+def three(shelf):
+  last_of_all = shelf.uppermost
+  return last_of_all
+"""
+
+
+def test_the_next_line_is_among_others_of_its_kind(tmp_path):
+  (tmp_path / 'shelf.py').write_text(NEXT)
+  questions = {question['inputs']: question for question in local_code.next_lines(str(tmp_path / 'shelf.py'))}
+  one = questions['def one(shelf):\n']
+  right = one['choices'][one['worth'].index(1)]
+  assert right == '  first = shelf.lowest()' and sum(one['worth']) == 1 and len(set(one['choices'])) == 4
+  own = {'  first = shelf.lowest()', '  return first.books()'}
+  assert set(one['choices']) - own and all(line.startswith('  ') and line[2] != ' ' for line in one['choices'])
+  assert set(one['choices']) & own == {right}
+
+
+def test_nothing_stands_between_a_text_and_its_next_line(tmp_path, monkeypatch):
+  for number in range(40):
+    (tmp_path / f'{number}.py').write_text(NEXT)
+  monkeypatch.setenv('LOCAL_TEXT_GLOB', f'{tmp_path}/*.py')
+  task = seqio.TaskRegistry.get('local_next_line_score_eval')
+  dataset = task.get_dataset({'inputs': 160, 'targets': 96}, 'validation', shuffle=False)
+  rows = list(dataset.as_numpy_iterator())
+  assert rows and all(1 not in row['inputs'] and 1 not in row['targets'] for row in rows)
+  assert len(rows) == 4 * sum(row['worth'] for row in rows)
+
+
 def test_hosts_share_examples_out(library):
   source = local_code.LocalCode(local_code.names_of_docstrings)
   whole = [str(example) for example in source.get_dataset('train', shuffle=False).as_numpy_iterator()]
@@ -86,5 +124,6 @@ def test_the_standard_library_has_examples_of_every_kind(monkeypatch):
   monkeypatch.delenv('LOCAL_TEXT_GLOB', raising=False)
   for split, at_least in (('train', 2000), ('validation', 100)):
     assert len(local_code.LocalCode(local_code.names_of_docstrings).examples(split)) > at_least
-    packages = {package for _, package in local_code.LocalCode(local_code.packages_of_sources).examples(split)}
-    assert len(packages) >= (7 if split == 'train' else 4)
+    sources = local_code.LocalCode(local_code.packages_of_sources).examples(split)
+    assert len({example['targets'] for example in sources}) >= (7 if split == 'train' else 4)
+  assert len(local_code.LocalCode(local_code.next_lines).examples('validation')) > 300
