@@ -5,7 +5,8 @@ Model code names logical axes ('expert', 'embed'); this file and `gin/meshes/` a
   replica  copies of everything; slices of a TPU that are linked by the data-centre network alone differ along it
   data     copies of everything, or shards of the weights (FSDP)
   expert   experts live along it; everywhere else it is more data parallelism, or by other rules more of the model's
-  sequence pieces of each sequence, where one is too long for a device; attention gathers keys and values along it
+  sequence pieces of each sequence, where one is too long for a device; attention gathers keys and values along it, and
+           shards of the weights lie along it too (FSDP)
   model    tensor parallelism: heads, hidden widths, vocabulary
 """
 
@@ -30,11 +31,6 @@ _ACTIVATIONS: AxisRules = (
   ('group', ('replica', 'data', 'expert', 'sequence')),  # tokens that are routed together
   ('expert_group', ('replica', 'data', 'sequence')),  # groups as an expert sees them, after the all-to-all
 )
-_WHOLE_SEQUENCES: AxisRules = (
-  ('length', None),
-  ('group', ('replica', 'data', 'expert')),
-  ('expert_group', ('replica', 'data')),
-)
 _EXPERTS: AxisRules = (('expert', 'expert'), ('expert_mlp', 'model'))
 _DENSE: AxisRules = (('vocab', 'model'), ('heads', 'model'), ('mlp', 'model'))
 _WHOLE: AxisRules = (('layers', None), ('head_dim', None))
@@ -58,7 +54,8 @@ def tensor_over_experts_rules() -> AxisRules:
   Its tokens then are whole along the expert axis, and are split over it on the way into an expert layer.
   """
   wide = tuple((name, ('expert', 'model')) for name, _ in _DENSE)
-  return (('batch', ('replica', 'data')), *_ACTIVATIONS[1:], *_EXPERTS, *wide, *_WHOLE, ('embed', ('data', 'sequence')))
+  tokens = (('batch', ('replica', 'data')), ('group', ('replica', 'data', 'sequence', 'expert')))
+  return (*tokens, *_ACTIVATIONS, *_EXPERTS, *wide, *_WHOLE, ('embed', ('data', 'sequence')))
 
 
 def data_model_rules() -> AxisRules:
@@ -138,7 +135,14 @@ def activate(mesh: Mesh, rules: AxisRules) -> Iterator[None]:
 def whole_sequences() -> Iterator[None]:
   """Nothing is split along the sequence, such as where a text grows token by token: devices along it do the same."""
   rules = nn.get_logical_axis_rules()
-  with nn.logical_axis_rules((*_WHOLE_SEQUENCES, *rules) if rules else ()):
+  split = axes_of(dict(rules).get('length'))
+
+  def where(name: str, axes: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+    if name not in dict(_ACTIVATIONS):
+      return axes
+    return tuple(axis for axis in axes_of(axes) if axis not in split) or None
+
+  with nn.logical_axis_rules(tuple((name, where(name, axes)) for name, axes in rules)):
     yield
 
 

@@ -58,6 +58,9 @@ def test_some_experiments_differ_in_size_alone(experiment):
   assert toy(experiment) == toy(SAME_BUT_FOR_SIZE[experiment])
 
 
+assert set(SOON) <= {path.stem for path in EXPERIMENTS} - set(SAME_BUT_FOR_SIZE)
+
+
 @pytest.mark.parametrize('experiment', STEPPED)
 def test_experiments_take_a_step_at_toy_size(experiment):
   """All that a file says but its sizes, on eight devices: two steps, and a loss of about that of a guess."""

@@ -69,6 +69,11 @@ def losses(folder):
   return {row['step']: row['loss'] for row in rows if row['split'] == 'train'}
 
 
+def newest(folder):
+  """The step of the newest checkpoint."""
+  return max(int(path.name) for path in (folder / 'checkpoints').iterdir() if path.name.isdigit())
+
+
 def wait_for(condition, processes, seconds=240):
   end = time.monotonic() + seconds
   while not condition():
@@ -106,13 +111,13 @@ def test_killed_moved_and_preempted_a_run_is_the_same(tmp_path, later):
 
   # Others go on, until one of them is told that its machine goes away: all save, and stop.
   for count in later:
-    reached = max(losses(folder))
+    saved, reached = newest(folder), max(losses(folder))
     others = start(folder, count, FOREVER)
     wait_for(lambda reached=reached: max(losses(folder)) > reached, others)
     others[count // 2].send_signal(signal.SIGTERM)
     said = finish(others, 128 + signal.SIGTERM)
-    last = max(int(path.name) for path in (folder / 'checkpoints').iterdir() if path.name.isdigit())
-    assert 'Going on from step' in said[0] and f'SIGTERM: saved at step {last} ' in said[0]
+    last = newest(folder)
+    assert f'Going on from step {saved} ' in said[0] and f'SIGTERM: saved at step {last} ' in said[0]
 
   # One that nobody disturbed saw the same.
   finish(start(whole, 1, last), 0)

@@ -110,7 +110,8 @@ def test_an_encoder_decoder_runs_too_scanned_and_rematerialised(tmp_path):
   ]
   assert run.main(['--debug', '--gin_file=gin/experiments/st_moe_tiny.gin', *small, *more]) == 0
   gin.clear_config()
-  assert run.main(['--debug', f'--gin_file={folder / "config.gin"}', '--gin.TRAIN_STEPS=6']) == 0
+  sampled = ['--gin.TRAIN_STEPS=6', '--gin.STRATEGY=@decode.Sampling()']
+  assert run.main(['--debug', f'--gin_file={folder / "config.gin"}', *sampled]) == 0
   losses = [m['loss'] for m in lines(folder / 'metrics.jsonl') if m['split'] == 'train']
   assert len(losses) == 6 and losses[-1] < losses[0]
 

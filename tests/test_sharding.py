@@ -101,7 +101,7 @@ def test_experts_and_dense_layers_split_the_same_devices_differently(mesh):
   rules = sharding.tensor_over_experts_rules()
   for names, where in [
     (('batch', None), (('replica', 'data'), None)),
-    (('group', None), (GROUPS, None)),
+    (('group', None), (('replica', 'data', 'sequence', 'expert'), None)),
     (('embed', 'heads', 'head_dim'), (SHARDS, ('expert', 'model'), None)),
     (('expert', 'embed', None, 'expert_mlp'), ('expert', SHARDS, None, 'model')),
   ]:
@@ -122,6 +122,9 @@ def test_where_texts_grow_nothing_is_split_along_them(mesh):
     assert sharding.spec('embed') == PartitionSpec(FULL)
   with sharding.whole_sequences():
     assert sharding.shards('group') == 1
+  other = jax.sharding.Mesh(np.asarray(jax.devices()).reshape(4, 2), ('data', 'model'))
+  with sharding.activate(other, sharding.data_model_rules()), sharding.whole_sequences():
+    assert (sharding.shards('group'), sharding.shards('length'), sharding.shards('mlp')) == (4, 1, 2)
 
 
 def test_a_name_without_a_rule_is_refused(mesh):

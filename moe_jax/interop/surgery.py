@@ -307,7 +307,10 @@ def merge(
       if before % after:
         raise ConfigError(f'{before} experts do not merge into {after} evenly: use a divisor.')
       return [range(i, i + before // after) for i in range(0, before, before // after)]
-    given = groups[place.stack][sparse]
+    try:
+      given = groups[place.stack][sparse]
+    except LookupError as error:
+      raise ConfigError(f'groups says nothing of {place}: give a list for each sparse layer of each stack.') from error
     if len(given) != after or sorted(itertools.chain(*given)) != list(range(before)) or not all(given):
       raise ConfigError(f'groups={given} of {place}: name each of {before} experts in one of {after} groups.')
     return given
@@ -318,7 +321,7 @@ def merge(
     one_hot = [jnp.zeros(before).at[jnp.asarray(group)].set(1.0) for group in members(place, sparse, before, after)]
     shares = jnp.stack(one_hot) * load[None]
     shares = shares / jnp.sum(shares, axis=1, keepdims=True)
-    return jnp.moveaxis(jnp.tensordot(shares, value, axes=(1, axis)), 0, axis)
+    return jnp.moveaxis(jnp.tensordot(shares, value, axes=(1, axis), precision='highest'), 0, axis)
 
   return _fewer_experts(saved, fresh, pick)
 

@@ -40,10 +40,11 @@ def rows_per_group(batch: int, length: int, group_size: int | None, decoding: bo
   Raises:
     ConfigError: naming sizes that would fit.
   """
-  if (pieces := sharding.shards('length')) > 1 and (group_size is None or length // pieces % group_size):
+  own = length // sharding.shards('length')  # tokens of a sequence that a device has
+  if own < length and (not group_size or own % group_size):
     raise ConfigError(
-      f'GROUP_SIZE={group_size} does not divide the {length // pieces} tokens of a sequence that each of {pieces}'
-      f' devices has: GROUP_SIZE={length // pieces} does (groups never cross devices).'
+      f'GROUP_SIZE={group_size} does not divide the {own} tokens of a sequence that each device along the mesh axis'
+      f' sequence has: GROUP_SIZE={own} does (groups never cross devices).'
     )
   if group_size is None:
     group_size = length
@@ -74,24 +75,6 @@ def rows_per_group(batch: int, length: int, group_size: int | None, decoding: bo
       f' GROUP_SIZE={nearest} does (groups never cross devices).'
     )
   return rows
-
-
-def device_by_device(values: Array) -> Array:
-  """[B, L, ...] -> [devices * rows of each, tokens of each, ...]: its own piece of its own sequences is together."""
-  rows, pieces = sharding.shards('batch'), sharding.shards('length')
-  if pieces == 1:
-    return values
-  batch, length, *rest = values.shape
-  split = values.reshape(rows, batch // rows, pieces, length // pieces, *rest)
-  return split.swapaxes(1, 2).reshape(batch * pieces, length // pieces, *rest)
-
-
-def row_by_row(values: Array, batch: int, length: int) -> Array:
-  """[G, S, ...] -> [B, L, ...], the way back."""
-  rows, pieces = sharding.shards('batch'), sharding.shards('length')
-  rest = values.shape[2:]
-  split = values.reshape(rows, pieces, batch // rows, length // pieces, *rest) if pieces > 1 else values
-  return (split.swapaxes(1, 2) if pieces > 1 else split).reshape(batch, length, *rest)
 
 
 SublayerFactory = Callable[..., nn.Module]
@@ -133,8 +116,7 @@ class MoELayer(nn.Module):
     size = self.group_size if rows is None and self.group_size else (rows or 1) * length
 
     def group(values: Array) -> Array:  # [B, L, ...] -> [G, S, ...]
-      grouped = device_by_device(values).reshape(-1, size, *values.shape[2:])
-      return sharding.constrain(grouped, 'group', *(None,) * (values.ndim - 1))
+      return sharding.constrain(values.reshape(-1, size, *values.shape[2:]), 'group', *(None,) * (values.ndim - 1))
 
     segment_ids = group(context.segment_ids)
     routing_context = RoutingContext(
@@ -168,10 +150,10 @@ class MoELayer(nn.Module):
     metrics = aux.metrics
     if journey.overflow is not None:
       metrics = {**metrics, 'overflow': journey.overflow / jnp.maximum(context.token_count, 1)}
-    y = sharding.constrain(row_by_row(y, batch, length), 'batch', 'length', None)
+    y = sharding.constrain(y.reshape(batch, length, width), 'batch', 'length', None)
     if self.shared:
       y += self.shared(name='shared')(x, context)[0]
-    terms = {name: row_by_row(term, batch, length) for name, term in aux.token_terms.items()}
+    terms = {name: term.reshape(batch, length) for name, term in aux.token_terms.items()}
     return y, dataclasses.replace(aux, metrics=metrics, token_terms=terms)
 
   def dispatch(self, experts: ExpertBank, tokens: Array, plan: Plan) -> tuple[Array, Journey]:

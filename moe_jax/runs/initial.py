@@ -27,7 +27,8 @@ class Initial:
       None draws at random.
     transform: makes this model's parameters of the other's and of those that this model would begin with by itself, as
       upcycling does; routers' memories then begin anew. None takes parameters and memories as they are.
-    optimizer_transform: makes the optimizer's state likewise, of one run's; None begins anew.
+    optimizer_transform: makes the optimizer's state likewise, of one run's, so that its schedule goes on; None begins
+      anew.
   """
 
   path: str | Sequence[str] | None = None
@@ -38,7 +39,8 @@ class Initial:
     """The first state. Call it inside `program.activate`.
 
     Raises:
-      ConfigError: if there is no such checkpoint, or it is of another model and there is no transform.
+      ConfigError: if there is no such checkpoint, or it is of another model and there is no transform; if several are
+        averaged, or one has weights alone, and the optimizer is to go on.
     """
     if not self.path:
       return program.make_state()
@@ -63,6 +65,8 @@ class Initial:
     folder, step = find(path)
     spec = dataclasses.replace(program.state_spec, opt_state=None)
     with Checkpointer(folder, read_only=True) as checkpointer:
+      if not (self.transform or self.optimizer_transform):
+        return checkpointer.restore(spec, step=step)
       kept = checkpointer.weights(step, optimizer=self.optimizer_transform is not None)
       saved = jax.tree.map(lambda x: sharding.spread(program.mesh, x), kept)
       if self.optimizer_transform:

@@ -71,6 +71,8 @@ def plan(
   folder = open_model_dir(model_dir)  # not before: it starts JAX, and `build` says on which devices
   mesh, chip = program.mesh, chip_of(program.mesh.devices.flat[0])
   with program.activate():
+    if step == 'decode' and sharding.shards('length') > 1:
+      raise ConfigError("STEP='decode' makes no use of the mesh axis sequence: give its devices to data or expert.")
     if step == 'train':
       function, args = compiled_step(program, objective, microbatches, trainable), (program.state_spec, _batch(program))
     else:
@@ -80,6 +82,7 @@ def plan(
     piece = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct((x.shape[0] // microbatches, *x.shape[1:]), x.dtype), program.batch_spec
     )
+    micro = forward if microbatches == 1 else trace_forward(objective.model, piece)
     result: dict[str, Any] = {
       'topology': devices.topology or f'{mesh.size} {mesh.devices.flat[0].device_kind}',
       'step': step,
@@ -95,9 +98,7 @@ def plan(
         'params': bytes_per_device(program.state_spec.params),
         'optimizer': bytes_per_device(program.state_spec.opt_state) if step == 'train' else 0,
         'temporaries': None,
-        'dispatch_buffers': dispatch_bytes(trace_forward(objective.model, piece).exchanges)
-        if step == 'train'
-        else None,
+        'dispatch_buffers': dispatch_bytes(micro.exchanges) if step == 'train' else None,
         'total': None,
       },
       'flops': count_flops(function, *args) // mesh.size,

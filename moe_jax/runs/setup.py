@@ -206,8 +206,9 @@ def build(
         f' in {microbatches} microbatches: use a multiple of {ways}.'
       )
     spec = data.spec()
+    pieces = sharding.shards('length')
     for name, feature in spec.items():
-      if feature.shape[1] % (pieces := sharding.shards('length')):
+      if feature.shape[1] % pieces:
         raise ConfigError(
           f'{name} is {feature.shape[1]} tokens long, which do not divide over the mesh axis sequence of {pieces}:'
           ' change TASK_FEATURE_LENGTHS, or MESH.'

@@ -233,7 +233,7 @@ def describe(program: Program) -> dict[str, Any]:
   with program.activate():
     forward = trace_forward(program.objective.model, program.batch_spec)
     count, flops, tokens = count_parameters(forward), forward_flops(forward), forward.tokens['decoder']
-    sent = exchanged_bytes_per_token(forward.exchanges, tokens // sharding.shards('batch') // sharding.shards('length'))
+    sent = exchanged_bytes_per_token(forward.exchanges, tokens // sharding.shards('group'))
   sizes = {'parameters': spec.params, 'optimizer': spec.opt_state, 'gradients': spec.params}
   return {
     'parameters': count.total,

@@ -106,7 +106,7 @@ def test_what_goes_to_other_devices(mesh):
   for scan in (True, False):
     with sharding.activate(mesh(data=2, expert=4), sharding.replicated_rules()):
       layers = trace_forward(tiny.decoder_only(all_to_all, scan=scan), batch).exchanges
-      tokens = batch['decoder_input_tokens'].size // sharding.shards('batch')
+      tokens = batch['decoder_input_tokens'].size // sharding.shards('group')
       sent = exchanged_bytes_per_token(layers, tokens)
     assert sum(layer.repeats for layer in layers) == 2
     rows = tokens // 16 * 8 * 4  # in each group of 16, 4 slots for each of 8 experts

@@ -212,6 +212,8 @@ def test_merging_weighs_experts_by_their_use(monkeypatch):
   np.testing.assert_allclose(after['router']['kernel'][0, :, 2], kernel[0, :, 7], rtol=1e-6)
   with pytest.raises(ConfigError, match='name each of 8 experts in one of 3 groups'):
     surgery.merge(params, fresh, groups={'stack_0/': [[[0, 5], [1, 2, 3, 4], [7]]] * 2})
+  with pytest.raises(ConfigError, match='groups says nothing of stack_0/layer 3'):
+    surgery.merge(params, fresh, groups={'stack_0/': groups['stack_0/'][:1]})
 
 
 def test_a_student_begins_with_what_it_shares():

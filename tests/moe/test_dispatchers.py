@@ -98,12 +98,12 @@ def test_bfloat16_stays(name, journey, expected, mesh):
   assert error < 0.02
 
 
-def collectives(dispatcher, mesh, backward):
+def collectives(dispatcher, mesh, backward, batch=16, group_size=32):
   """[(kind, shape)] of the collectives in the compiled expert layer; its sizes are all different."""
-  batch, length, width, experts, hidden = 16, 16, 24, 8, 20
+  length, width, experts, hidden = 16, 24, 8, 20
   layer = MoELayer(
     num_experts=experts,
-    group_size=2 * length,
+    group_size=group_size,
     router=functools.partial(TopKRouter, capacity_factor=1.0),
     experts=functools.partial(Experts, hidden_dim=hidden),
     dispatcher=dispatcher,
@@ -128,11 +128,12 @@ def collectives(dispatcher, mesh, backward):
         'wo': struct((experts, hidden, width), *WO),
       },
     }
-    x = struct((batch, length, width), 'batch', None, None)
+    x = struct((batch, length, width), 'batch', 'length', None)
     layout = jax.tree.map(lambda s: s.sharding, (params, x))
     function, out = (gradients, layout) if backward else (output, layout[1])
     text = jax.jit(function, out_shardings=out).lower(params, x).compile().as_text()
-  found = re.findall(r'= \(?\w+\[([\d,]*)\].*? (all-[a-z-]+|reduce-scatter|collective-permute)(?:-start)?\(', text)
+  pattern = r'= \(?\w+\[([\d,]*)\].*? (all-[a-z-]+|reduce-scatter|collective-permute)(?:-start)?\((?!.*\{0\},\{1\})'
+  found = re.findall(pattern, text)  # of groups of one, nothing is sent
   return [(kind, tuple(map(int, shape.split(',')))) for shape, kind in found if shape]
 
 
@@ -149,6 +150,14 @@ def test_collectives(name, shape, backward, mesh):
   # No tokens, buffers or weights are gathered. (XLA's top-k for CPUs gathers the router's probabilities [G, S, E]; its
   # top-k for TPUs is a sort, and does not.)
   assert {shape for kind, shape in found if kind == 'all-gather'} <= {(8, 32, 8)}, found
+
+
+@pytest.mark.parametrize('name', ['all_to_all', 'ragged'])
+def test_pieces_of_sequences_stay_where_they_are(name, mesh):
+  """Where a device has a piece of one sequence, tokens go to experts, and nowhere else."""
+  found = collectives(DISPATCHERS[name], mesh(data=2, expert=2, sequence=2), False, batch=4, group_size=8)
+  moved = [kind for kind, shape in found if shape[-1] == 24]
+  assert moved == ['all-to-all'] * 2, found
 
 
 def test_auto_takes_what_is_cheapest(journey, mesh, caplog, monkeypatch):
