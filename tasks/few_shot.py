@@ -22,7 +22,7 @@ import seqio
 import tensorflow as tf
 
 from moe_jax.types import ConfigError
-from tasks.preprocessors import TO_TOKENS
+from tasks.preprocessors import TO_TOKENS, keep_end
 from tasks.twins import add_mixtures
 
 POOL = 1000  # the first so many questions are drawn from
@@ -72,14 +72,6 @@ def add_examples(dataset: tf.data.Dataset, task: seqio.Task, shots: int) -> tf.d
     return {**example, 'inputs': tf.strings.reduce_join(prompt)}
 
   return dataset.map(add, num_parallel_calls=tf.data.AUTOTUNE)
-
-
-def keep_end(dataset: tf.data.Dataset, sequence_length: Mapping[str, int] | None) -> tf.data.Dataset:
-  """Cuts tokens of 'inputs' off their beginning, and leaves room for EOS."""
-  if not sequence_length:
-    return dataset
-  room = sequence_length['inputs'] - 1
-  return dataset.map(lambda example: {**example, 'inputs': example['inputs'][-room:]})
 
 
 def add_twins(shots: int) -> None:

@@ -2,10 +2,10 @@
 
   local_docstring_name   'inputs' "name: (path, start=None) Return a relative version of path"   'targets' "relpath"
   local_text_source      'inputs' "package: def feed(self, data): ..."                           'targets' "email"
-  local_next_line_score_eval   'inputs' the end of what stands before in a function   'targets' each of four lines
+  local_next_text_score_eval   'inputs' the end of a function's first half   'targets' each of four ways to go on
 
-The last is for models that were trained on `local_text_lm`, and to evaluate alone: the wrong lines are of other
-functions of the same file, indented alike, and there is no EOS between text and line.
+The last is for models that were trained on `local_text_lm`, and to evaluate alone: the wrong ones are of other
+functions of the same file, all are of one length, and there is no EOS before or behind them.
 
 Functions are those of the files of `local_text`, folders named test aside. One file in twenty is for validation, and no
 file is in both splits.
@@ -29,14 +29,13 @@ from tasks.local_text import split_files
 from tasks.metrics import accuracy, exact_match, multiple_choice, word_f1
 from tasks.multiple_choice import rank_choices
 from tasks.postprocessors import choice_of_question
-from tasks.preprocessors import TO_TOKENS
+from tasks.preprocessors import TO_TOKENS, keep_end
 from tasks.vocabularies import features, vocabulary
 
 PACKAGES = ('asyncio', 'email', 'idlelib', 'importlib', 'multiprocessing', 'tkinter', 'unittest', 'xml')
 FEWEST_LINES = 4  # of source by which a package is to be told
 
-CONTEXT = 160  # bytes before a line, at most
-LONGEST, SHORTEST, CHOICES = 96, 12, 4  # bytes of a line, and lines to choose from
+PIECE, CHOICES = 16, 4  # characters of a piece of text, and pieces to choose from
 Example = Mapping[str, Any]  # inputs and targets; or inputs, choices and worth, see `rank_choices`
 
 
@@ -86,23 +85,17 @@ def packages_of_sources(path: str) -> Iterator[Example]:
         yield {'inputs': f'package: {function.source}', 'targets': package}
 
 
-def next_lines(path: str) -> Iterator[Example]:
-  """A function up to its middle, and four lines: the next one, and others of the file that it does not have."""
-  functions = functions_of(path)
-  long = lambda line: len(line.strip()) >= SHORTEST and len(line.encode()) <= LONGEST  # noqa: E731
-  indent = lambda line: len(line) - len(line.lstrip())  # noqa: E731
-  known = sorted({line for function in functions for line in function.source.splitlines() if long(line)})
-  for function in functions:
-    lines = function.source.splitlines()
-    at = next((i for i in range(max(len(lines) // 2, 1), len(lines)) if long(lines[i])), None)
-    if at is None:
-      continue
-    others = [line for line in known if indent(line) == indent(lines[at]) and line not in lines]
-    if len(others) >= CHOICES - 1:
-      draw = random.Random(zlib.crc32(function.source.encode()))
-      choices = draw.sample([lines[at], *draw.sample(others, CHOICES - 1)], CHOICES)
-      before = '\n'.join([*lines[:at], '']).encode()[-CONTEXT:].decode(errors='ignore')
-      yield {'inputs': before, 'choices': choices, 'worth': [float(choice == lines[at]) for choice in choices]}
+def next_texts(path: str) -> Iterator[Example]:
+  """A function up to its middle, and four pieces of text: how it goes on, and how others of the file do."""
+  sources = [function.source for function in functions_of(path) if len(function.source) >= 4 * PIECE]
+  pieces = [source[len(source) // 2 :][:PIECE] for source in sources]
+  for source, right in zip(sources, pieces, strict=True):
+    wrong = sorted({piece for piece in pieces if piece not in source})
+    if len(wrong) >= CHOICES - 1:
+      draw = random.Random(zlib.crc32(source.encode()))
+      choices = draw.sample([right, *draw.sample(wrong, CHOICES - 1)], CHOICES)
+      worth = [float(choice == right) for choice in choices]
+      yield {'inputs': source[: len(source) // 2], 'choices': choices, 'worth': worth}
 
 
 class LocalCode(seqio.DataSource):
@@ -161,9 +154,9 @@ def _add(name: str, examples_of: Callable[[str], Iterator[Example]], metrics: li
 _add('local_docstring_name', names_of_docstrings, [exact_match, word_f1])
 _add('local_text_source', packages_of_sources, [accuracy])
 seqio.TaskRegistry.add(
-  'local_next_line_score_eval',
-  source=LocalCode(next_lines, ['validation']),
-  preprocessors=[rank_choices, seqio.preprocessors.tokenize, seqio.CacheDatasetPlaceholder()],
+  'local_next_text_score_eval',
+  source=LocalCode(next_texts, ['validation']),
+  preprocessors=[rank_choices, seqio.preprocessors.tokenize, seqio.CacheDatasetPlaceholder(), keep_end],
   output_features=dict.fromkeys(('inputs', 'targets'), seqio.Feature(vocabulary(), add_eos=False)),
   postprocess_fn=choice_of_question,
   metric_fns=[multiple_choice],

@@ -25,6 +25,16 @@ TO_TOKENS = (
 )
 
 
+def keep_end(
+  dataset: tf.data.Dataset, sequence_length: Mapping[str, int] | None, output_features: Mapping[str, seqio.Feature]
+) -> tf.data.Dataset:
+  """Cuts tokens of 'inputs' off their beginning, and leaves room for the EOS if one is to come."""
+  if not sequence_length:
+    return dataset
+  room = sequence_length['inputs'] - output_features['inputs'].add_eos
+  return dataset.map(lambda example: {**example, 'inputs': example['inputs'][-room:]})
+
+
 def chunk_targets(dataset: tf.data.Dataset, sequence_length: Mapping[str, int]) -> tf.data.Dataset:
   """Cuts 'targets' to the length of the feature; put it after EOS, so that only the end of a document says stop."""
   return _chunk(dataset, sequence_length['targets'])

@@ -33,7 +33,7 @@ def test_a_file_names_a_task_and_lengths_that_suit_it(file, fresh_gin, mesh, tmp
     run.parse_gin('train', [f'gin/experiments/{experiment}.gin', str(file)], [], ['.'])
     bound = gin.get_bindings(train)['data']
     assert bound.converter == converter
-    split = 'validation' if file.stem in ('bigbench', 'local_next_line') else 'train'
+    split = 'validation' if file.stem in ('bigbench', 'local_next_text') else 'train'
     rows = NamedSharding(mesh(data=8), PartitionSpec('data'))
     data.check(bound.task, bound.lengths, 8, split, converter, rows, bound.modules, bound.vocab_size)
     if converter == 'decoder_only':

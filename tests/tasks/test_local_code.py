@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import seqio
 
@@ -66,42 +67,36 @@ def test_a_source_tells_its_package(library):
   assert all(source.startswith('package: def put_back(self') for source, _ in pairs)
 
 
-NEXT = """
-def one(shelf):
-  first = shelf.lowest()
-  return first.books()
-
-def two(shelf):
-  if shelf is None:
-    raise ValueError(shelf)
-  return sorted(shelf.everything)
-
-def three(shelf):
-  last_of_all = shelf.uppermost
-  return last_of_all
-"""
+def shelves(names):
+  return '\n'.join(f'def {name}(self):\n  return self.shelf_{name}.find_the_last_book_of({name})\n' for name in names)
 
 
-def test_the_next_line_is_among_others_of_its_kind(tmp_path):
-  (tmp_path / 'shelf.py').write_text(NEXT)
-  questions = {question['inputs']: question for question in local_code.next_lines(str(tmp_path / 'shelf.py'))}
-  one = questions['def one(shelf):\n']
-  right = one['choices'][one['worth'].index(1)]
-  assert right == '  first = shelf.lowest()' and sum(one['worth']) == 1 and len(set(one['choices'])) == 4
-  own = {'  first = shelf.lowest()', '  return first.books()'}
-  assert all(line.startswith('  ') and line[2] != ' ' for line in one['choices'])
-  assert set(one['choices']) & own == {right}
+def test_how_a_function_goes_on_is_among_how_others_do(tmp_path):
+  names = ['north', 'south', 'east', 'west', 'heaven']
+  (tmp_path / 'shelf.py').write_text(shelves(names))
+  questions = list(local_code.next_texts(str(tmp_path / 'shelf.py')))
+  assert len(questions) == 5
+  for name, question in zip(names, questions, strict=True):
+    source = shelves([name]).rstrip()
+    right = question['choices'][question['worth'].index(1)]
+    assert source.startswith(question['inputs'] + right) and len(question['inputs']) == len(source) // 2
+    wrong = set(question['choices']) - {right}
+    assert len(wrong) == 3 and sum(question['worth']) == 1 and not any(piece in source for piece in wrong)
+    assert all(len(piece) == local_code.PIECE and piece in shelves(names) for piece in wrong)
 
 
-def test_nothing_stands_between_a_text_and_its_next_line(tmp_path, monkeypatch):
+def test_nothing_stands_between_a_text_and_how_it_goes_on(tmp_path, monkeypatch):
   for number in range(40):
-    (tmp_path / f'{number}.py').write_text(NEXT)
+    (tmp_path / f'{number}.py').write_text(shelves(['north', 'south', 'east', 'west']))
   monkeypatch.setenv('LOCAL_TEXT_GLOB', f'{tmp_path}/*.py')
-  task = seqio.TaskRegistry.get('local_next_line_score_eval')
-  dataset = task.get_dataset({'inputs': 160, 'targets': 96}, 'validation', shuffle=False)
-  rows = list(dataset.as_numpy_iterator())
+  task = seqio.TaskRegistry.get('local_next_text_score_eval')
+  rows = list(task.get_dataset({'inputs': 8, 'targets': 64}, 'validation', shuffle=False).as_numpy_iterator())
   assert rows and all(1 not in row['inputs'] and 1 not in row['targets'] for row in rows)
   assert len(rows) == 4 * sum(row['worth'] for row in rows)
+  for row in rows:
+    if row['worth']:  # of what is before, the end
+      text = bytes(np.concatenate([row['inputs'], row['targets']]) - 3).decode()
+      assert len(row['inputs']) == 8 and text in shelves(['north', 'south', 'east', 'west'])
 
 
 def test_hosts_share_examples_out(library):
@@ -126,4 +121,4 @@ def test_the_standard_library_has_examples_of_every_kind(monkeypatch):
     assert len(local_code.LocalCode(local_code.names_of_docstrings).examples(split)) > at_least
     sources = local_code.LocalCode(local_code.packages_of_sources).examples(split)
     assert len({example['targets'] for example in sources}) >= (7 if split == 'train' else 4)
-  assert len(local_code.LocalCode(local_code.next_lines).examples('validation')) > 300
+  assert len(local_code.LocalCode(local_code.next_texts).examples('validation')) > 300
