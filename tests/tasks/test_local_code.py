@@ -95,7 +95,7 @@ def test_nothing_stands_between_a_text_and_how_it_goes_on(tmp_path, monkeypatch)
   assert len(rows) == 4 * sum(row['worth'] for row in rows)
   for row in rows:
     if row['worth']:  # of what is before, the end
-      text = bytes(np.concatenate([row['inputs'], row['targets']]) - 3).decode()
+      text = bytes((np.concatenate([row['inputs'], row['targets']]) - 3).tolist()).decode()
       assert len(row['inputs']) == 8 and text in shelves(['north', 'south', 'east', 'west'])
 
 
