@@ -38,7 +38,7 @@ def test_experts_lie_along_the_expert_axis_and_their_moments_beside_them(mesh):
   _, spec, _ = prepare(mesh(2, 2, 2), ADAMW)
   wi = spec.params['stack_0']['blocks']['moe']['experts']['wi_0']
   assert wi.shape == (2, 8, 32, 32)  # layers, experts, width, hidden
-  assert tuple(wi.sharding.spec) == (None, 'expert', 'data', 'model')
+  assert tuple(wi.sharding.spec) == (None, 'expert', ('data', 'sequence'), 'model')
   mirrors = [
     leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(spec.opt_state)
@@ -60,7 +60,7 @@ def test_factored_moments_lose_the_axis_they_sum_over(mesh):
       jax.tree.leaves(opt_state), jax.tree.leaves(follow_params(opt_state, params, placed, the_mesh)), strict=True
     )
   }
-  assert specs[3, 4, 128] == (None, 'expert', 'data')
+  assert specs[3, 4, 128] == (None, 'expert', ('data', 'sequence'))
   assert specs[3, 4, 160] == (None, 'expert', 'model')
 
 
