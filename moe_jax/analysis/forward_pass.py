@@ -43,12 +43,14 @@ class Exchange(NamedTuple):
 
 
 class ForwardPass(NamedTuple):
-  """Attributes:
-  shapes: path -> of every parameter.
-  active_shares: path of a layer's experts -> how many of them work on a token.
-  exchanges: of every expert layer.
-  jaxpr: the operations; those of a part are in a scope `[part]`, see `PARTS`.
-  tokens: 'encoder', 'decoder' -> how many a batch has, padding too.
+  """What was seen on the way.
+
+  Attributes:
+    shapes: path -> of every parameter.
+    active_shares: path of a layer's experts -> the share of them that works on a token.
+    exchanges: of every expert layer.
+    jaxpr: the operations; those of a part are in a scope `[part]`, see `PARTS`.
+    tokens: 'encoder', 'decoder' -> how many a batch has, padding too.
   """
 
   shapes: dict[Path, tuple[int, ...]]

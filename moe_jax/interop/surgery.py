@@ -333,6 +333,8 @@ def _fewer_experts(saved: PyTree, fresh: PyTree, pick: Callable[[Place, int, Arr
   for place in places(flat):
     if place.sublayer == 'moe':
       sparse[place.stack].add(place.layer)
+      if dense and place.rest.startswith('router/'):
+        read(place)  # of no use to it
 
   def choose(place: Place, new: Array) -> Array:
     value, merged = read(place), False
@@ -353,9 +355,6 @@ def _fewer_experts(saved: PyTree, fresh: PyTree, pick: Callable[[Place, int, Arr
     return value[0] if merged else value
 
   smaller = rebuilt(fresh, choose)
-  for place in places(flat) if dense else ():
-    if place.sublayer == 'moe' and place.rest.startswith('router/'):
-      read(place)  # a dense model has no use for it
   read.check_all_read()
   return smaller
 

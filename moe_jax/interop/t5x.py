@@ -8,13 +8,12 @@ checkpoints are read and written by `t5x_checkpoints.py`, without it.
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-import seqio
 from clu import metrics as clu_metrics
 from flax.core import freeze
 from flax.linen.partitioning import AxisMetadata
@@ -28,6 +27,9 @@ from moe_jax.decode import Strategy, decode
 from moe_jax.objectives import LanguageModeling
 from moe_jax.training.state import Names, OptimizerFactory, abstract_variables, follow_specs
 from moe_jax.types import Array, Batch, Metrics
+
+if TYPE_CHECKING:
+  import seqio
 
 PyTree = Any
 
@@ -87,7 +89,7 @@ class LanguageModel(models.BaseTransformerModel):
     self,
     objective: LanguageModeling,
     optimizer: OptimizerFactory,
-    vocabulary: seqio.Vocabulary,
+    vocabulary: 'seqio.Vocabulary',
     converter: str,
     strategy: Strategy,
   ):

@@ -1,5 +1,6 @@
 """Checkpoints of other libraries made into ours, and ours into theirs."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def to_hugging_face(model_dir: str, devices: Devices, path: str) -> Path:
     raise ConfigError(f'{origin} has no config.json: copy {ORIGIN}/ from the MODEL_DIR that it was trained from.')
   mesh = devices.make_mesh()
   with Checkpointer(folder, read_only=True) as checkpointer:
-    spec = jax.tree.map(lambda x: sharding.spread(mesh, x), checkpointer.weights(step).params)
+    spec = jax.tree.map(lambda x: sharding.spread(mesh, x), checkpointer.saved_spec(step).params)
     number = sharding.spread(mesh, jax.ShapeDtypeStruct((), jnp.int32))
     state = checkpointer.restore(TrainState(number, spec, None, None), step=step)  # type: ignore[arg-type]
   huggingface.save_with_origin(path, state.params, origin)
@@ -99,7 +100,8 @@ def to_t5x(model_dir: str, devices: Devices, path: str) -> Path:
 
   (folder, step), mesh = find(model_dir), devices.make_mesh()
   with Checkpointer(folder, read_only=True) as checkpointer:
-    spec = jax.tree.map(lambda x: sharding.spread(mesh, x), checkpointer.weights(step))
+    saved = dataclasses.replace(checkpointer.saved_spec(step), opt_state=None)
+    spec = jax.tree.map(lambda x: sharding.spread(mesh, x), saved)
     state = checkpointer.restore(spec, step=step)
   return to_checkpoint(state, path)
 

@@ -67,8 +67,7 @@ class Initial:
     with Checkpointer(folder, read_only=True) as checkpointer:
       if not (self.transform or self.optimizer_transform):
         return checkpointer.restore(spec, step=step)
-      kept = checkpointer.weights(step, optimizer=self.optimizer_transform is not None)
-      saved = jax.tree.map(lambda x: sharding.spread(program.mesh, x), kept)
+      saved = jax.tree.map(lambda x: sharding.spread(program.mesh, x), checkpointer.saved_spec(step))
       if self.optimizer_transform:
         if saved.opt_state is None:
           raise ConfigError(f'{path} has weights alone: begin without INITIAL_OPTIMIZER_TRANSFORM.')

@@ -82,7 +82,7 @@ def plan(
     piece = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct((x.shape[0] // microbatches, *x.shape[1:]), x.dtype), program.batch_spec
     )
-    micro = forward if microbatches == 1 else trace_forward(objective.model, piece)
+    micro = forward if microbatches == 1 or step == 'decode' else trace_forward(objective.model, piece)
     result: dict[str, Any] = {
       'topology': devices.topology or f'{mesh.size} {mesh.devices.flat[0].device_kind}',
       'step': step,

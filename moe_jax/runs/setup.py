@@ -61,8 +61,7 @@ class Devices:
       jax.config.update('jax_platforms', 'cpu')  # the compiler's library would look for a TPU here
     devices = topology_devices(self.topology) if self.topology else jax.devices()
     shape = sharding.mesh_shape(self.mesh, len(devices), self.num_experts, sharding.count_slices(devices))
-    free = len(devices) // (shape['replica'] * shape['sequence'] * shape['model'])
-    widest = math.gcd(free, self.num_experts) if self.num_experts else 1
+    widest = math.gcd(shape['data'] * shape['expert'], self.num_experts) if self.num_experts else 1
     if shape['expert'] < widest:
       notice(
         f'MESH: {self.num_experts} experts live on {shape["expert"]} devices and could on {widest}, which saves memory'

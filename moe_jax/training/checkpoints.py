@@ -195,8 +195,8 @@ class Checkpointer:
     logging.info('Restored step %d from %s', step, self.directory)
     return dataclasses.replace(state_spec, **{'opt_state': None, **restored['state']})
 
-  def weights(self, step: int | None = None, optimizer: bool = False) -> TrainState:
-    """Shapes and types of all that was saved, as jax.ShapeDtypeStructs; of the optimizer's part only if that is asked.
+  def saved_spec(self, step: int | None = None) -> TrainState:
+    """Shapes and types of all that was saved, as jax.ShapeDtypeStructs; `opt_state` is None where it is weights alone.
 
     Raises:
       Damaged: if they cannot be read.
@@ -204,9 +204,7 @@ class Checkpointer:
     step = self.latest_step() if step is None else step
     try:
       tree = self._saved_tree(step)
-      saved = TrainState(
-        tree['step'], tree['params'], tree.get('opt_state') if optimizer else None, tree.get('variables') or {}
-      )
+      saved = TrainState(tree['step'], tree['params'], tree.get('opt_state'), tree.get('variables') or {})
     except Exception as error:
       raise self._damaged(step, f'cannot be read ({_reason(error)})') from error
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), saved, is_leaf=lambda x: hasattr(x, 'shape'))
