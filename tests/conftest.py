@@ -1,12 +1,23 @@
 """Eight CPU devices for every test, one seed a test, and no silent broadcasting."""
 
+import gc
 import os
 import pathlib
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
+from importlib import metadata
+
+_CACHE = pathlib.Path(__file__).parents[1] / '.pytest_cache' / 'jax'
+_CACHE_LIMIT = 2**30  # bytes; jax keeps what it compiled for ever
 
 # Read when jax and TensorFlow are imported, here and in the processes that tests start.
+# Tests compile more than they compute, and much of it twice: what one process or one run compiled, the next one reads.
+os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', 'true')
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_CACHE))
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
+if metadata.version('jaxlib').startswith('0.10.'):  # later ones have no other way to compile than the slower one
+  os.environ.setdefault('XLA_FLAGS', '--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1')
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 os.environ.setdefault('GRPC_VERBOSITY', 'ERROR')
@@ -25,7 +36,9 @@ from moe_jax.analysis.chips import topology_devices
 
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
-jax.config.update('jax_disable_most_optimizations', True)  # tests compile more than they compute
+
+gc.freeze()  # what is imported stays; tracing makes objects by the million, most of which live as long as their test
+gc.set_threshold(200_000, 20, 20)
 
 hypothesis.settings.register_profile(
   'moe_jax',
@@ -35,16 +48,6 @@ hypothesis.settings.register_profile(
   suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
 )
 hypothesis.settings.load_profile('moe_jax')
-
-_CACHE = pathlib.Path(__file__).parents[1] / '.pytest_cache' / 'jax'
-_CACHE_LIMIT = 2**30  # bytes; jax keeps what it compiled for ever
-
-
-@pytest.fixture(scope='session', autouse=True)
-def _compilation_cache() -> None:
-  """What one run compiled, the next one reads."""
-  jax.config.update('jax_compilation_cache_dir', str(_CACHE))
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -29,7 +29,6 @@ SMALL = {
   },
 }
 FOREVER = 10**5
-QUICK = {'JAX_DISABLE_MOST_OPTIMIZATIONS': 'true'}  # to compile
 
 
 def start(folder, processes, steps):
@@ -49,7 +48,7 @@ def start(folder, processes, steps):
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
       text=True,
-      env={**os.environ, **QUICK, 'LOCAL_TEXT_GLOB': str(folder.parent / 'corpus' / '*.py')},
+      env={**os.environ, 'LOCAL_TEXT_GLOB': str(folder.parent / 'corpus' / '*.py')},
     )
     for i in range(processes)
   ]
