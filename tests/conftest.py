@@ -8,16 +8,17 @@ import zlib
 from collections.abc import Callable, Iterator
 from importlib import metadata
 
-_CACHE = pathlib.Path(__file__).parents[1] / '.pytest_cache' / 'jax'
-_CACHE_LIMIT = 2**30  # bytes; jax keeps what it compiled for ever
-
 # Read when jax and TensorFlow are imported, here and in the processes that tests start.
 # Tests compile more than they compute, and much of it twice: what one process or one run compiled, the next one reads.
 os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', 'true')
-os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_CACHE))
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(pathlib.Path(__file__).parents[1] / '.pytest_cache' / 'jax'))
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
-if metadata.version('jaxlib').startswith('0.10.'):  # later ones have no other way to compile than the slower one
-  os.environ.setdefault('XLA_FLAGS', '--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1')
+os.environ.setdefault(
+  'XLA_FLAGS',
+  '--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1'
+  if metadata.version('jaxlib').startswith('0.10.')  # later ones have no other way to compile than the slower one
+  else '',
+)
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 os.environ.setdefault('GRPC_VERBOSITY', 'ERROR')
@@ -48,6 +49,9 @@ hypothesis.settings.register_profile(
   suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
 )
 hypothesis.settings.load_profile('moe_jax')
+
+_CACHE = pathlib.Path(__file__).parents[1] / '.pytest_cache' / 'jax'
+_CACHE_LIMIT = 2**30  # bytes; jax keeps what it compiled for ever
 
 
 def pytest_configure(config: pytest.Config) -> None:
