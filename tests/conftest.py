@@ -11,12 +11,12 @@ from importlib import metadata
 # Read when jax and TensorFlow are imported, here and in the processes that tests start.
 # Tests compile more than they compute, and much of it twice: what one process or one run compiled, the next one reads.
 os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', 'true')
-os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(pathlib.Path(__file__).parents[1] / '.pytest_cache' / 'jax'))
+os.environ['JAX_COMPILATION_CACHE_DIR'] = str(pathlib.Path(__file__).parents[1] / '.pytest_cache' / 'jax')
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
 os.environ.setdefault(
   'XLA_FLAGS',
   '--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1'
-  if metadata.version('jaxlib').startswith('0.10.')  # later ones have no other way to compile than the slower one
+  if metadata.version('jaxlib').startswith('0.10.')  # 0.12 does not know the first flag, and stops at it
   else '',
 )
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
@@ -38,7 +38,7 @@ from moe_jax.analysis.chips import topology_devices
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
-gc.freeze()  # what is imported stays; tracing makes objects by the million, most of which live as long as their test
+gc.freeze()  # what is imported stays, and tracing sets the collector off again and again
 gc.set_threshold(200_000, 20, 20)
 
 hypothesis.settings.register_profile(
@@ -50,7 +50,7 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile('moe_jax')
 
-_CACHE = pathlib.Path(__file__).parents[1] / '.pytest_cache' / 'jax'
+_CACHE = pathlib.Path(os.environ['JAX_COMPILATION_CACHE_DIR'])
 _CACHE_LIMIT = 2**30  # bytes; jax keeps what it compiled for ever
 
 

@@ -23,7 +23,8 @@ def start(folder, corpus, steps):
   more = [f'--gin.TRAIN_STEPS={steps}', '--gin.CHECKPOINT_PERIOD=2', '--gin.CHECKPOINTS_TO_KEEP=3']
   more += ['--gin.EVAL_PERIOD=1000', '--gin.STRATEGY=None', f"--gin.MODEL_DIR='{folder}'"]
   command = [sys.executable, 'run.py', '--gin_file=gin/experiments/quickstart.gin', *SMALL, *more]
-  environment = {**os.environ, 'JAX_DISABLE_MOST_OPTIMIZATIONS': 'false', 'LOCAL_TEXT_GLOB': str(corpus / '*.py')}
+  compiler = {'JAX_DISABLE_MOST_OPTIMIZATIONS': 'false', 'XLA_FLAGS': ''}
+  environment = {**os.environ, **compiler, 'LOCAL_TEXT_GLOB': str(corpus / '*.py')}
   output = (folder.parent / f'{folder.name}.log').open('a')
   return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
 
