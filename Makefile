@@ -48,7 +48,8 @@ clean:  ## remove .venv and all caches, not runs/
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build moe_jax.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The stamp is written last, so that an install that was cut short starts over.
+# The stamp is written last, so that an install that was cut short starts over. Bytecode is compiled here, once:
+# where Python may not write it, importing TensorFlow takes three times as long, in every process.
 $(STAMP): requirements.txt $(if $(filter-out $(VENV_VERSION),$(or $(PYTHON_VERSION),none)),remake)
 	$(if $(filter $(SUPPORTED),$(PYTHON_VERSION)),,$(error $(NO_PYTHON)))
 	@echo 'Setting up .venv with Python $(PYTHON_VERSION), once: a minute or two.'
@@ -57,6 +58,6 @@ $(STAMP): requirements.txt $(if $(filter-out $(VENV_VERSION),$(or $(PYTHON_VERSI
 	  { rm -rf .venv; uv venv --quiet --seed --python $(PYTHON) .venv 2>/dev/null; } || \
 	  { rm -rf .venv; echo '$(NO_VENV)' >&2; exit 1; }
 	@$(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check --constraint requirements.txt uv
-	@$(VENV_PYTHON) -m uv pip install --python $(VENV_PYTHON) --requirement requirements.txt || \
+	@$(VENV_PYTHON) -m uv pip install --compile-bytecode --python $(VENV_PYTHON) --requirement requirements.txt || \
 	  { echo '$(NO_INSTALL)' >&2; exit 1; }
 	@touch $(STAMP)
