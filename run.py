@@ -27,6 +27,7 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
 import gin
 
+from moe_jax.paths import BUCKETS, to_path
 from moe_jax.types import ConfigError, Preempted
 
 MODES = {  # mode -> module:function
@@ -42,6 +43,9 @@ MODES = {  # mode -> module:function
 PACKAGES = ('moe_jax', 'tasks', 'jax', 'flax', 'optax', 'seqio', 't5x')  # whose functions gin may name
 HERE = pathlib.Path(__file__).resolve().parent
 ROUTERS = HERE / 'gin' / 'routers'
+gin.config.register_file_reader(
+  lambda path: to_path(path).open(), lambda path: path.startswith(BUCKETS) and to_path(path).exists()
+)
 
 
 class Printer(logging.Handler):
@@ -225,7 +229,7 @@ def run(flags: argparse.Namespace, bindings: list[str]) -> None:
   if flags.run_mode == 'report':
     if not flags.model_dirs:
       raise ConfigError('--run_mode=report needs --model_dirs DIR [DIR ...], or --routers.')
-    swept = [folder for folder in flags.model_dirs if (pathlib.Path(folder) / 'sweep.jsonl').exists()]
+    swept = [folder for folder in flags.model_dirs if (to_path(folder) / 'sweep.jsonl').exists()]
     if swept and len(flags.model_dirs) > 1:
       raise ConfigError(f'{swept[0]} is a sweep, which has a page of its own: give it alone.')
     if swept:
@@ -249,7 +253,7 @@ def run(flags: argparse.Namespace, bindings: list[str]) -> None:
   if flags.search and flags.run_mode == 'advise':
     from moe_jax.runs.advise import EXPERIMENT
 
-    folder = pathlib.Path(gin.query_parameter('%MODEL_DIR'))
+    folder = to_path(gin.query_parameter('%MODEL_DIR'))
     given['plan'] = functools.partial(planned, [EXPERIMENT], [], flags, folder)
   given |= {'source': flags.source, 'target': flags.target, 'path': flags.path}
   given['profile_steps'] = flags.profile_steps
@@ -273,7 +277,7 @@ def load_teacher(flags: argparse.Namespace, bindings: list[str]) -> Any:
   values = {name: gin.query_parameter(f'%{name}') for name in (*shared, 'FAKE_DEVICES')}
   more = [f'{name} = {value!r}' for name, value in values.items()]
   gin.clear_config()
-  config = pathlib.Path(flags.teacher).expanduser() / 'config.gin'
+  config = to_path(flags.teacher) / 'config.gin'
   parse_gin('teacher', [str(config)], [*more, f'MODEL_DIR = {flags.teacher!r}'], flags.gin_search_paths.split(','))
   made = gin.get_configurable(teacher)()
   gin.clear_config()
@@ -285,7 +289,7 @@ def search_plans(flags: argparse.Namespace, bindings: list[str], first: dict[str
   """Plans again and again, each time with other bindings behind the user's, and ranks what comes of it."""
   from moe_jax.runs import plan, plan_page
 
-  model_dir, remat = pathlib.Path(gin.query_parameter('%MODEL_DIR')), gin.query_parameter('%REMAT')
+  model_dir, remat = to_path(gin.query_parameter('%MODEL_DIR')), gin.query_parameter('%REMAT')
 
   def again(candidate: Mapping[str, Any]) -> dict[str, Any]:
     return planned(flags.gin_file, bindings, flags, model_dir, candidate)

@@ -192,7 +192,7 @@ def test_gin_reaches_what_it_may(tmp_path, capsys):
     (['--gin.NUM_LAYERS=0'], 'NUM_LAYERS=0'),
     (['--gin.MODEL_DIR=/tmp/x'], 'Text needs quotes'),
     (['--prompt=hello'], '--prompt says nothing to --run_mode=train'),
-    (["--gin.MODEL_DIR='gs://bucket/x'"], 'is remote'),
+    (["--gin.MODEL_DIR='s3://bucket/x'"], 'is remote'),
     (["--gin.REMAT='some'"], "REMAT='some' is none of none, dots, full"),
     (['--gin.GROUP_SIZE=48'], 'GROUP_SIZE=48 does not divide sequences of 64: 32 and 64 would.'),
     (["--gin.MESH={'data': 3}"], 'needs 3 devices and there are 8'),

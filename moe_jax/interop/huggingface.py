@@ -7,7 +7,6 @@ twice by the same one; nothing is unpickled.
 import contextlib
 import json
 import math
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ from safetensors.numpy import save_file
 from moe_jax import sharding
 from moe_jax.interop.families import FAMILIES, Family, Names, Tensor
 from moe_jax.interop.surgery import places
+from moe_jax.paths import to_path
 from moe_jax.types import ConfigError
 
 Params = Any
@@ -74,7 +74,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
   Raises:
     ConfigError: if there is none, or it is none.
   """
-  path = Path(folder).expanduser() / 'config.json'
+  path = to_path(folder) / 'config.json'
   try:
     config = json.loads(path.read_text())
   except (OSError, json.JSONDecodeError) as error:
@@ -297,7 +297,7 @@ def keep_origin(source: str | Path, folder: Path) -> None:
   folder.mkdir(parents=True, exist_ok=True)
   for path in Path(source).expanduser().iterdir():
     if path.is_file() and path.suffix in ('.json', '.txt', '.model') and path.name != INDEX:
-      shutil.copy(path, folder / path.name)
+      (folder / path.name).write_bytes(path.read_bytes())
   (folder / 'config.json').write_text(json.dumps(read_config(source), indent=2))
   (folder / 'dtypes.json').write_text(json.dumps(dtypes_of(source)))
 
@@ -308,7 +308,7 @@ def save_with_origin(folder: str | Path, params: Params, origin: Path) -> None:
   save(folder, params, read_config(origin), dtypes)
   for path in origin.iterdir():
     if path.name not in ('config.json', 'dtypes.json'):
-      shutil.copy(path, Path(folder).expanduser() / path.name)
+      (Path(folder).expanduser() / path.name).write_bytes(path.read_bytes())
 
 
 _IMPORTS = (

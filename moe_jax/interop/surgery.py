@@ -11,13 +11,13 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from moe_jax.paths import to_path
 from moe_jax.types import Array, ConfigError, path_name
 
 PyTree = Any
@@ -266,7 +266,7 @@ def measured_loads(model_dir: str, last: int = 20) -> dict[str, Array]:
   Raises:
     ConfigError: if it has told of no loads.
   """
-  path = Path(model_dir).expanduser() / 'metrics.jsonl'
+  path = to_path(model_dir) / 'metrics.jsonl'
   lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
   found: dict[str, list[Any]] = collections.defaultdict(list)
   for line in [line for line in lines if line['split'] == 'train'][-last:]:

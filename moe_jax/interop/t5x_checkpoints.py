@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from moe_jax.paths import absolute
 from moe_jax.training.state import TrainState
 from moe_jax.types import ConfigError
 
@@ -25,7 +26,7 @@ def from_checkpoint(path: str) -> TrainState:
   Raises:
     ConfigError: if there is no checkpoint, or none of T5X.
   """
-  folder = Path(path).expanduser().absolute()
+  folder = absolute(path)
   steps = {int(match[1]): x for x in folder.glob('*') if (match := re.fullmatch(_PREFIX + r'_(\d+)', x.name))}
   folder = (steps[max(steps)] if steps else folder) / 'state'
   if not folder.is_dir():
@@ -54,7 +55,7 @@ def to_checkpoint(state: TrainState, model_dir: str) -> Path:
   Returns:
     The folder written, `model_dir`/checkpoint_STEP.
   """
-  folder, step = Path(model_dir).expanduser().absolute(), int(state.step)
+  folder, step = absolute(model_dir), int(state.step)
   tree = {'target': state.params, 'state': {'step': np.int32(step)}}
   if state.variables:
     tree['flax_mutables'] = state.variables

@@ -5,7 +5,6 @@ import json
 import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -15,6 +14,7 @@ from moe_jax.analysis import budget as budgets
 from moe_jax.analysis.budget import JOINT, TIE, Budget, Candidate, Opinion
 from moe_jax.analysis.chips import CHIPS, Chip, read_topology
 from moe_jax.analysis.published_laws import PUBLISHED
+from moe_jax.paths import to_path
 from moe_jax.types import ConfigError
 
 DOWNSTREAM = ('pretraining', 'knowledge', 'reasoning', 'fine_tuning')
@@ -149,7 +149,7 @@ def advise(
     'plans': plans,
     'command': command_of(winner, devices),
   }
-  folder = Path(model_dir).expanduser()
+  folder = to_path(model_dir)
   folder.mkdir(parents=True, exist_ok=True)
   (folder / 'advice.json').write_text(json.dumps(result, indent=2))
   show(ranked, winner, opinions, reasons, command_of(winner, devices))
@@ -314,7 +314,7 @@ def own_sweep(folder: str | None) -> list[Reason]:
   """What a sweep of the user's own found."""
   if folder is None:
     return []
-  path = Path(folder).expanduser() / 'fits.json'
+  path = to_path(folder) / 'fits.json'
   if not path.exists():
     raise ConfigError(f'SWEEP={folder!r} has no fits.json: it is the MODEL_DIR of a sweep, whose report writes it.')
   return [

@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from moe_jax.paths import to_path
 from moe_jax.runs.drawing import COLOR, svg
 
 MEASURES = ('ece', 'brier', 'accuracy')
@@ -20,7 +21,7 @@ MEASURES = ('ece', 'brier', 'accuracy')
 
 def load(model_dir: str | Path) -> dict[str, Any]:
   """What evaluations have measured, task by task; nothing if none had choices."""
-  path = Path(model_dir).expanduser() / 'calibration.json'
+  path = to_path(model_dir) / 'calibration.json'
   return json.loads(path.read_text('utf-8')) if path.exists() else {}
 
 

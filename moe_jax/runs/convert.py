@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax import sharding
+from moe_jax.paths import is_remote
 from moe_jax.runs.initial import find
 from moe_jax.runs.progress import say
 from moe_jax.runs.setup import Devices, locked, open_model_dir
@@ -39,6 +40,8 @@ def convert(
   """
   if (source is None) == (target is None) or not path:
     raise ConfigError(f'--run_mode=convert needs --path=DIR, and either --from or --to: {" or ".join(READERS)}.')
+  if is_remote(path) and 'hf' in (source, target):
+    raise ConfigError(f'--path={path} is remote: hf reads and writes local files alone, to be copied from or to there.')
   engines: Mapping[str, Callable[..., Path]] = READERS if source else WRITERS
   kind = source or target or ''
   if kind not in engines:

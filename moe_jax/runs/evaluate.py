@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from moe_jax.objectives import LanguageModeling
+from moe_jax.paths import append, to_path
 from moe_jax.runs.progress import describe_loss, say
 from moe_jax.runs.setup import Data, Devices, at_least_one, restore, trained, variables_of
 from moe_jax.runs.specialization import Watcher
@@ -73,9 +74,8 @@ def evaluate(
       for name, value in answers.items():
         say(f'step {step}: {split} {name} {value:.4g}')
       if jax.process_index() == 0:
-        folder = Path(model_dir).expanduser()
-        with (folder / 'evaluation.jsonl').open('a') as file:
-          file.write(json.dumps(results[-1]) + '\n')
+        folder = to_path(model_dir)
+        append(folder / 'evaluation.jsonl', json.dumps(results[-1]) + '\n')
         place = {'step': step, 'split': split}
         _update(folder / 'calibration.json', {task: place | of for task, of in calibrated.items()})
     if watcher:

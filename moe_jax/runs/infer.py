@@ -13,6 +13,7 @@ import numpy as np
 from moe_jax import sharding
 from moe_jax.decode import Strategy, decode
 from moe_jax.objectives import Objective
+from moe_jax.paths import to_path
 from moe_jax.runs.setup import Data, Devices, Program, at_least_one, restore, trained, variables_of
 from moe_jax.types import ConfigError
 
@@ -69,7 +70,7 @@ def infer(
   at_least_one(MAX_NEW_TOKENS=max_new_tokens, **({} if num_examples is None else {'NUM_EXAMPLES': num_examples}))
   program, checkpointer = trained(model_dir, objective, data, devices)
   vocabulary = data.vocabulary()
-  path = Path(output or Path(model_dir) / 'inference.jsonl').expanduser()
+  path = to_path(output or to_path(model_dir) / 'inference.jsonl')
   with program.activate(), checkpointer:
     state = restore(program, checkpointer, step)
     given = [example_of(text, data) for text in prompts or ()]

@@ -9,6 +9,7 @@ import jax
 
 from moe_jax import sharding
 from moe_jax.interop.surgery import average
+from moe_jax.paths import absolute
 from moe_jax.runs.setup import Program
 from moe_jax.training.checkpoints import Checkpointer
 from moe_jax.training.state import TrainState
@@ -83,7 +84,7 @@ def find(path: str) -> tuple[Path, int | None]:
   Raises:
     ConfigError: if no checkpoint is there.
   """
-  folder, step = Path(path).expanduser().absolute(), None
+  folder, step = absolute(path), None
   if folder.name.isdigit() and folder.parent.name == 'checkpoints':
     folder, step = folder.parent, int(folder.name)
   if folder.name == 'checkpoints':

@@ -21,6 +21,7 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bar
 
+from moe_jax.paths import writable
 from moe_jax.types import ConfigError
 
 
@@ -80,20 +81,21 @@ class Profiler:
     if steps is not None and (not found or int(found[1]) > int(found[2])):
       raise ConfigError(f'--profile_steps={steps}: FIRST:LAST is wanted, such as 10:15.')
     self._first, self._last = (int(found[1]), int(found[2])) if found else (0, 0)
-    self._running = False
+    self._tracing: contextlib.ExitStack | None = None
 
   def before(self, step: int, folder: Path) -> None:
     """Begins with the first step, or with the first that there is."""
-    if self._first <= step <= self._last and not self._running:
-      jax.profiler.start_trace(str(folder / 'profile'))
-      self._running = True
+    if self._first <= step <= self._last and not self._tracing:
+      self._tracing = contextlib.ExitStack()
+      jax.profiler.start_trace(str(self._tracing.enter_context(writable(folder / 'profile'))))
 
   def after(self, step: int, state: Any) -> None:
     """Ends after the last step, when its result is there."""
-    if self._running and step >= self._last:
+    if self._tracing and step >= self._last:
       jax.block_until_ready(state)
       jax.profiler.stop_trace()
-      self._running = False
+      self._tracing.close()
+      self._tracing = None
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, ScalarFormatter
 
+from moe_jax.paths import to_path
 from moe_jax.runs import calibration_page, specialization_page
 from moe_jax.runs.drawing import BLUE, COLOR, ORANGE, STYLE, note, si, spread, svg
 
@@ -90,12 +91,13 @@ def report(model_dirs: Sequence[str | Path], output: str | Path | None = None) -
   jinja = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
   jinja.filters['si'] = lambda value: si(value, places=1).replace('.0', '')
   jinja.tests['known'] = lambda value: isinstance(value, (int, float)) and value == value
-  folder = Path(model_dirs[0]) if len(runs) == 1 else Path(model_dirs[0]).parent
+  first = to_path(model_dirs[0])
+  folder = first if len(runs) == 1 else first.parent
   planned = output is None and (folder / 'plan.html').exists()
   page = jinja.get_template('report.html.j2').render(
     runs=runs, figures=[key_figures(run) for run in runs], planned=planned, calibration=calibration, **panels
   )
-  path = Path(output or folder / 'report.html')
+  path = to_path(output or folder / 'report.html')
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text(page, encoding='utf-8')
   return path
@@ -103,10 +105,10 @@ def report(model_dirs: Sequence[str | Path], output: str | Path | None = None) -
 
 def load_run(model_dir: str | Path) -> Run:
   """Reads a MODEL_DIR. Torn lines are skipped; of two lines for one step, the later wins."""
-  folder = Path(model_dir)
+  folder = to_path(model_dir)
   metrics, summary, config = (folder / name for name in ('metrics.jsonl', 'summary.json', 'config.gin'))
   splits: dict[str, dict[int, dict]] = {}
-  for line in metrics.read_text('utf-8', 'replace').splitlines() if metrics.exists() else ():
+  for line in metrics.read_bytes().decode('utf-8', 'replace').splitlines() if metrics.exists() else ():
     try:
       row = json.loads(line)
       splits.setdefault(row['split'], {})[row['step']] = row

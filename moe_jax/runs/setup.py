@@ -20,6 +20,7 @@ from moe_jax.analysis.chips import topology_devices
 from moe_jax.batch import batch_spec
 from moe_jax.notices import notice
 from moe_jax.objectives import LanguageModeling, Objective
+from moe_jax.paths import is_remote, to_path
 from moe_jax.training.checkpoints import Checkpointer
 from moe_jax.training.state import OptimizerFactory, TrainState, init_state
 from moe_jax.training.step import train_step
@@ -219,7 +220,7 @@ def build(
 def use_compilation_cache(folder: str | None) -> None:
   """Keeps what is compiled for the next start, unless that is arranged for already; None does not."""
   if folder and jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
-    jax.config.update('jax_compilation_cache_dir', str(Path(folder).expanduser()))
+    jax.config.update('jax_compilation_cache_dir', str(to_path(folder)))
 
 
 def open_model_dir(path: str) -> Path:
@@ -228,16 +229,16 @@ def open_model_dir(path: str) -> Path:
   Raises:
     ConfigError: if it cannot be written to.
   """
-  if '://' in path:
-    raise ConfigError(f'MODEL_DIR {path!r} is remote, which is not supported yet: choose a folder, mounted if need be.')
-  folder = Path(path).expanduser()
+  folder = to_path(path)
   try:
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / f'.writable_{jax.process_index()}'
     probe.write_text('')
     probe.unlink()
-  except OSError as error:
-    raise ConfigError(f'MODEL_DIR {path!r} cannot be written to ({error.strerror}): choose another folder.') from error
+  except Exception as error:  # clients of buckets have errors of their own
+    reason = getattr(error, 'strerror', None) or f'{type(error).__name__}: {error}'.splitlines()[0][:200]
+    advice = 'see that the bucket exists and is yours to write' if is_remote(folder) else 'choose another folder'
+    raise ConfigError(f'MODEL_DIR {path!r} cannot be written to ({reason}): {advice}.') from error
   return folder
 
 
@@ -248,7 +249,9 @@ def locked(folder: Path) -> Iterator[None]:
   Raises:
     ConfigError: if one does.
   """
-  if jax.process_index() > 0:
+  if is_remote(folder):
+    notice(f'MODEL_DIR {folder} cannot be locked, being in a bucket: see that no other run writes there')
+  if is_remote(folder) or jax.process_index() > 0:
     yield
     return
   with (folder / '.lock').open('a+') as file:
@@ -273,7 +276,7 @@ def trained(model_dir: str, objective: Objective, data: Data, devices: Devices) 
     ConfigError: if nothing was saved.
   """
   program = build(objective, lambda names: optax.identity(), data, devices)
-  checkpointer = Checkpointer(Path(model_dir).expanduser(), read_only=True)
+  checkpointer = Checkpointer(to_path(model_dir), read_only=True)
   if checkpointer.latest_step() is None:
     raise ConfigError(f'No whole checkpoint in {checkpointer.directory} yet: train longer, or set MODEL_DIR.')
   return program, checkpointer

@@ -22,6 +22,7 @@ from moe_jax.moe.moe_layer import ROUTING
 from moe_jax.moe.routing_plan import RoutingPlan
 from moe_jax.notices import notice
 from moe_jax.objectives import STATE, LanguageModeling, Variables
+from moe_jax.paths import to_path
 from moe_jax.runs.setup import Data, Program, at_least_one
 from moe_jax.types import Array, Batch, ConfigError
 
@@ -97,7 +98,7 @@ class Watcher:
     texts, special = data.token_texts(vocabulary), [not n for n in data.token_bytes(vocabulary)]
     last = self.seen[max(self.seen)]
     found = {'step': max(self.seen), **self._facts, **summary(last, texts, special), 'stability': stability(self.seen)}
-    path = Path(model_dir).expanduser() / 'specialization.json'
+    path = to_path(model_dir) / 'specialization.json'
     if jax.process_index() == 0:
       path.write_text(json.dumps(rounded(found), indent=1))
     return path

@@ -11,6 +11,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
+from moe_jax.paths import to_path
 from moe_jax.runs.drawing import BLUE, COLOR, note, spread, svg
 
 TITLES = {'token': 'token', 'previous': 'token before', 'kind': 'kind of token', 'position': 'place in text'}
@@ -24,13 +25,13 @@ Found = Mapping[str, Any]  # specialization.json
 
 def panels(model_dir: str | Path) -> dict[str, Any] | None:
   """What the page shows of a run; None where nobody has looked (SPECIALIZATION)."""
-  path = Path(model_dir) / 'specialization.json'
+  path = to_path(model_dir) / 'specialization.json'
   if not path.exists():
     return None
   found = json.loads(path.read_text('utf-8'))
   dropped = any(layer['dropped_share'] for layer in found['layers'].values())
   return {
-    'run': Path(model_dir).resolve().name,
+    'run': to_path(model_dir).resolve().name,
     'found': found,
     'tokens': {side: x['tokens'] for side, x in found['sides'].items()},
     'associations': association_panel(found),

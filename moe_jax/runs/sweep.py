@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax.paths import is_remote
 from moe_jax.runs import sweep_page
 from moe_jax.runs.progress import say
 from moe_jax.runs.report import curve, load_run
@@ -78,6 +79,8 @@ def sweep(
   if hold not in HOLDS:
     raise ConfigError(f'--hold={hold} is none of {", ".join(HOLDS)}.')
   wanted = grid([*map(parse_axis, sweep), *map(files_axis, sweep_gin)])
+  if is_remote(model_dir):
+    raise ConfigError(f'MODEL_DIR {model_dir!r} is remote: a sweep keeps its runs in a folder of this machine.')
   folder = open_model_dir(model_dir)
   with locked(folder):
     rows = read(folder)

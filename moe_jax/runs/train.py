@@ -200,6 +200,7 @@ def train(
           summary['validation_bits_per_byte'] = values.get('bits_per_byte')
           logged = time.perf_counter()
         if step % checkpoint_period == 0 or last:
+          log.show()  # a run that goes on from here has no more of its lines than are there
           checkpointer.save(state, batches)
           logged = time.perf_counter()
         if preempted:

@@ -109,7 +109,7 @@ install() {
   # The VMs' own Python is too old; uv brings one.
   everywhere 'command -v ~/.local/bin/uv || curl -LsSf https://astral.sh/uv/install.sh | sh
     cd moe_jax && ~/.local/bin/uv venv --allow-existing --python 3.12 .venv &&
-    ~/.local/bin/uv pip install --python .venv -r requirements.txt "jax[tpu]"'
+    ~/.local/bin/uv pip install --python .venv -r requirements.txt "jax[tpu]" gcsfs'
   [[ $bucket ]] || return 0
   everywhere 'command -v gcsfuse || {
       echo "deb https://packages.cloud.google.com/apt gcsfuse-$(lsb_release -cs) main" |

@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from moe_jax.notices import notice
+from moe_jax.paths import absolute, is_remote, make_folder, readable, writable
 from moe_jax.training.fingerprints import fingerprints
 from moe_jax.training.state import TrainState
 from moe_jax.types import Batch, ConfigError, Damaged, path_name
@@ -31,10 +32,12 @@ class _IteratorHandler(ocp.CheckpointHandler):
   """Saves each host's data iterator beside the state. Done before training goes on, since the next batch moves it."""
 
   def save(self, directory: Any, args: '_SaveIterator') -> None:
-    args.iterator.save(str(directory / 'iterator'))
+    with writable(directory) as local:
+      args.iterator.save(str(local / 'iterator'))
 
   def restore(self, directory: Any, args: '_RestoreIterator') -> SavableIterator:
-    args.iterator.restore(str(directory / 'iterator'))
+    with readable(directory) as local:
+      args.iterator.restore(str(local / 'iterator'))
     return args.iterator
 
 
@@ -61,7 +64,7 @@ class Checkpointer:
   """
 
   def __init__(self, model_dir: Path, keep: int = 2, read_only: bool = False, asynchronous: bool = True):
-    directory = Path(model_dir).absolute() / 'checkpoints'
+    directory = absolute(model_dir) / 'checkpoints'
     if read_only and not directory.exists():
       raise ConfigError(f'No checkpoints in {directory}: train there first, or set MODEL_DIR.')
     self._manager = ocp.CheckpointManager(
@@ -76,7 +79,7 @@ class Checkpointer:
         create=not read_only,
         read_only=read_only,
         enable_async_checkpointing=asynchronous,
-        todelete_subdir=None if read_only else _DELETED,
+        todelete_subdir=None if read_only or is_remote(directory) else _DELETED,
       ),
     )
     self.directory = directory
@@ -86,7 +89,7 @@ class Checkpointer:
 
   def _sweep(self) -> None:
     """Removes old checkpoints, which Orbax has but renamed: a part of one must not pass for the whole."""
-    if self._writes and jax.process_index() == 0:
+    if self._writes and not is_remote(self.directory) and jax.process_index() == 0:
       shutil.rmtree(self.directory / _DELETED, ignore_errors=True)
 
   def latest_step(self) -> int | None:
@@ -164,7 +167,7 @@ class Checkpointer:
           raise
         notice(f'{error} Going on from the one before.')
         if self._set_aside:
-          self._set_aside.mkdir(exist_ok=True)
+          make_folder(self._set_aside)
           (self.directory / str(step)).rename(self._set_aside / f'{step}_{len(list(self._set_aside.iterdir()))}')
           self._manager.reload()
     raise ConfigError(f'No whole checkpoint in {self.directory}.')

@@ -1,8 +1,10 @@
 """Where metrics go: a line of JSON, and TensorBoard files."""
 
+import contextlib
 import json
 import math
 import os
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any, Self
@@ -10,9 +12,11 @@ from typing import IO, Any, Self
 import jax
 import numpy as np
 
+from moe_jax.paths import copy_files, writable
 from moe_jax.types import Metrics
 
 Values = dict[str, np.ndarray]
+_SHOW_SECONDS = 60.0
 
 
 def averaged(batches: Iterable[Metrics]) -> Values:
@@ -44,9 +48,14 @@ class MetricsLog:
   def __init__(self, model_dir: Path, resume_step: int = 0):
     from clu import metric_writers  # imports TensorFlow
 
-    self._writer = metric_writers.create_default_writer(str(model_dir), just_logging=jax.process_index() > 0)
-    self._path = model_dir / 'metrics.jsonl'
+    self._closing = contextlib.ExitStack()
+    self._model_dir, self._folder = model_dir, self._closing.enter_context(writable(model_dir))
+    self._writer = metric_writers.create_default_writer(str(self._folder), just_logging=jax.process_index() > 0)
+    self._path = self._folder / 'metrics.jsonl'
+    if self._folder != model_dir and (model_dir / 'metrics.jsonl').exists():
+      self._path.write_bytes((model_dir / 'metrics.jsonl').read_bytes())
     self._file: IO[str] | None = None
+    self._shown = time.monotonic()
     self.drop_after(resume_step)
 
   def drop_after(self, step: int) -> None:
@@ -65,6 +74,15 @@ class MetricsLog:
       line = {'step': step, 'split': split, **{key: _rounded(value) for key, value in arrays.items()}}
       self._file.write(json.dumps(line) + '\n')
       self._file.flush()
+    if time.monotonic() - self._shown > _SHOW_SECONDS:
+      self.show()
+
+  def show(self) -> None:
+    """Brings a remote folder up to date, which happens once a minute by itself."""
+    if self._folder != self._model_dir:
+      self._writer.flush()
+      copy_files(self._folder, self._model_dir)
+    self._shown = time.monotonic()
 
   def __enter__(self) -> Self:
     return self
@@ -73,6 +91,7 @@ class MetricsLog:
     self._writer.close()
     if self._file:
       self._file.close()
+    self._closing.close()
 
 
 def _rounded(value: np.ndarray) -> Any:
