@@ -62,3 +62,14 @@ def test_remote_metrics_are_there_when_they_are_shown_or_closed(remote):
   paths.append(folder / 'lines', 'a\n')
   paths.append(folder / 'lines', 'b\n')
   assert (folder / 'lines').read_text() == 'a\nb\n'
+
+
+def test_of_several_hosts_one_writes_remote_metrics(remote, monkeypatch):
+  """Another host's copy, made before the first host's newer lines, must not be put over them."""
+  folder = remote / 'run'
+  folder.mkdir()
+  (folder / 'metrics.jsonl').write_text('{"step": 1}\n')
+  monkeypatch.setattr('jax.process_index', lambda *backend: 1)
+  with MetricsLog(folder):
+    (folder / 'metrics.jsonl').write_text('{"step": 1}\n{"step": 2}\n')
+  assert (folder / 'metrics.jsonl').read_text().count('step') == 2

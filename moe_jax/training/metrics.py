@@ -52,7 +52,7 @@ class MetricsLog:
     self._model_dir, self._folder = model_dir, self._closing.enter_context(writable(model_dir))
     self._writer = metric_writers.create_default_writer(str(self._folder), just_logging=jax.process_index() > 0)
     self._path = self._folder / 'metrics.jsonl'
-    if self._folder != model_dir and (model_dir / 'metrics.jsonl').exists():
+    if self._folder != model_dir and jax.process_index() == 0 and (model_dir / 'metrics.jsonl').exists():
       self._path.write_bytes((model_dir / 'metrics.jsonl').read_bytes())
     self._file: IO[str] | None = None
     self._shown = time.monotonic()
