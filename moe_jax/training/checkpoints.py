@@ -3,13 +3,15 @@
 import contextlib
 import dataclasses
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TypeVar
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from jax.experimental import multihost_utils
 
 from moe_jax.notices import notice
 from moe_jax.paths import absolute, is_remote, make_folder, readable, writable
@@ -18,6 +20,7 @@ from moe_jax.training.state import TrainState
 from moe_jax.types import Batch, ConfigError, Damaged, path_name
 
 PyTree = Any
+T = TypeVar('T')
 _DELETED = '.deleted'  # in checkpoints/, on their way out
 
 
@@ -69,11 +72,7 @@ class Checkpointer:
       raise ConfigError(f'No checkpoints in {directory}: train there first, or set MODEL_DIR.')
     self._manager = ocp.CheckpointManager(
       directory,
-      item_handlers={
-        'state': ocp.PyTreeCheckpointHandler(),
-        'data': _IteratorHandler(),
-        'fingerprints': ocp.JsonCheckpointHandler(),
-      },
+      item_handlers=_handlers(),
       options=ocp.CheckpointManagerOptions(
         max_to_keep=None if read_only else keep,
         create=not read_only,
@@ -82,10 +81,13 @@ class Checkpointer:
         todelete_subdir=None if read_only or is_remote(directory) else _DELETED,
       ),
     )
+    # Orbax has hosts meet after reading, where one that could not read would be missed: here they meet in `_together`.
+    alone = ocp.options.MultiprocessingOptions(primary_host=None, active_processes={jax.process_index()})
+    self._reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(**_handlers()), multiprocessing_options=alone)
     self.directory = directory
     self._fingerprints = jax.jit(fingerprints)
     self._writes = not read_only
-    self._set_aside = None if read_only or jax.process_count() > 1 else directory.parent / 'damaged_checkpoints'
+    self._set_aside = None if read_only else directory.parent / 'damaged_checkpoints'
 
   def _sweep(self) -> None:
     """Removes old checkpoints, which Orbax has but renamed: a part of one must not pass for the whole."""
@@ -142,7 +144,7 @@ class Checkpointer:
     """Reads a state straight onto the devices its spec names, and moves the data iterator to where it stood.
 
     If no step is asked for, a damaged checkpoint is passed over for the one before it, with a notice, and moved to
-    `MODEL_DIR/damaged_checkpoints`. Of several hosts, which would have to agree, each stops instead.
+    `MODEL_DIR/damaged_checkpoints`. What one of several hosts cannot read, none of them takes.
 
     Args:
       state_spec: shapes, types and shardings; where `opt_state` is None, it is not read.
@@ -163,40 +165,71 @@ class Checkpointer:
       try:
         return self._read(state_spec, iterator, step)
       except Damaged as error:
-        if step == steps[0] or jax.process_count() > 1:  # hosts would have to agree on which is whole
+        if step == steps[0]:
           raise
         notice(f'{error} Going on from the one before.')
         if self._set_aside:
-          make_folder(self._set_aside)
-          (self.directory / str(step)).rename(self._set_aside / f'{step}_{len(list(self._set_aside.iterdir()))}')
+          if jax.process_index() == 0:
+            make_folder(self._set_aside)
+            (self.directory / str(step)).rename(self._set_aside / f'{step}_{len(list(self._set_aside.iterdir()))}')
+          multihost_utils.sync_global_devices('set aside')
           self._manager.reload()
     raise ConfigError(f'No whole checkpoint in {self.directory}.')
 
   def _read(self, state_spec: TrainState, iterator: SavableIterator | None, step: int) -> TrainState:
+    restored = self._together(step, lambda: self._read_here(state_spec, iterator, step))
+    marks = jax.device_get(self._fingerprints(restored['state']))
+    self._together(step, lambda: self._check_marks(marks, restored.get('fingerprints') or {}, step))
+    logging.info('Restored step %d from %s', step, self.directory)
+    return dataclasses.replace(state_spec, **{'opt_state': None, **restored['state']})
+
+  def _read_here(self, state_spec: TrainState, iterator: SavableIterator | None, step: int) -> Any:
+    """The items of a checkpoint, as far as they lie on this host's devices."""
     wanted = {key: value for key, value in _as_dict(state_spec).items() if value is not None}
+    place = self.directory / str(step)
     try:
       saved = self._saved_tree(step)
-      if not (self.directory / str(step) / 'data').exists():  # weights alone
+      if not (place / 'data').exists():  # weights alone
         wanted.pop('opt_state', None)
         iterator = None
       self._check_shapes(wanted, saved, step)
       restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
       items = {'state': ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True)}
-      if (self.directory / str(step) / 'fingerprints').exists():  # there were none once
+      if (place / 'fingerprints').exists():  # there were none once
         items['fingerprints'] = ocp.args.JsonRestore()
       if iterator is not None:
         items['data'] = _RestoreIterator(iterator)
-      restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+      return self._reader.restore(place, args=ocp.args.Composite(**items))
     except ConfigError:
       raise
     except Exception as error:  # whatever a reader makes of bytes that nobody wrote
       raise self._damaged(step, f'cannot be read ({_reason(error)})') from error
-    marks = jax.device_get(self._fingerprints(restored['state']))
-    for path, mark in (restored.get('fingerprints') or {}).items():
+
+  def _check_marks(self, marks: PyTree, saved: PyTree, step: int) -> None:
+    for path, mark in saved.items():
       if path in marks and marks[path] != mark:
         raise self._damaged(step, f'is damaged: {path} is not what was saved')
-    logging.info('Restored step %d from %s', step, self.directory)
-    return dataclasses.replace(state_spec, **{'opt_state': None, **restored['state']})
+
+  def _together(self, step: int, act: Callable[[], T]) -> T:
+    """What `act` returns, if it does on every host; if it raises on one, something is raised on all of them.
+
+    Raises:
+      Damaged: if nothing worse was raised on any host than this.
+    """
+    error: Exception | None = None
+    try:
+      result = act()
+    except Exception as raised:
+      error = raised
+    severity = 0 if error is None else 1 if isinstance(error, Damaged) else 2
+    worst = severity if jax.process_count() == 1 else multihost_utils.process_allgather(np.int32(severity)).max()
+    if worst > severity:
+      error = self._damaged(step, 'cannot be read on another host')
+    if worst > max(severity, 1):
+      error = ConfigError(f'The checkpoint {self.directory}/{step} does not do on another host, which says why.')
+    if error is not None:
+      raise error
+    return result
 
   def saved_spec(self, step: int | None = None) -> TrainState:
     """Shapes and types of all that was saved, as jax.ShapeDtypeStructs; `opt_state` is None where it is weights alone.
@@ -249,6 +282,7 @@ class Checkpointer:
     """Waits, and lets go of the folder."""
     self.wait()
     self._sweep()
+    self._reader.close()
     self._manager.close()
 
   def __enter__(self) -> Self:
@@ -257,6 +291,14 @@ class Checkpointer:
   def __exit__(self, *error: object) -> None:
     if error[0] is None or jax.process_count() == 1:  # else another host may be gone, and waiting for it is for ever
       self.close()
+
+
+def _handlers() -> dict[str, ocp.CheckpointHandler]:
+  return {
+    'state': ocp.PyTreeCheckpointHandler(),
+    'data': _IteratorHandler(),
+    'fingerprints': ocp.JsonCheckpointHandler(),
+  }
 
 
 def _as_dict(state: TrainState) -> dict[str, PyTree]:
