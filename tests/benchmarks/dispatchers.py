@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import importlib
 import json
-import os
 import pathlib
 import statistics
 import sys
@@ -18,13 +17,12 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-os.environ.setdefault('TPU_SKIP_MDS_QUERY', 'true')
-os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', 'true')
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 import jax
 
 from moe_jax import sharding
+from moe_jax.analysis.chips import read_topology, topology_devices
 from moe_jax.analysis.compiled import collectives, cycles, operations, uncosted_bytes
 from moe_jax.moe.dispatchers.base import Dispatcher
 from tests.benchmarks.expert_layer import Program, Shape, bare_program, dense_program, layer_program
@@ -41,8 +39,6 @@ TPU_CASES = {
   **{f'{e} experts': TPU(e, 2, hidden=8192) for e in (8, 16, 32, 64, 128, 256, 512)},
   **{f'{e} fine experts': TPU(e, e // 4, hidden=2**16 // e) for e in (8, 16, 32, 64)},
 }
-# Hz; bytes/s of main memory. The clock of v6e is not published: that of v5p is assumed.
-CHIPS = {'v5e': (1.5e9, 8.1e11), 'v5p': (1.75e9, 2.765e12), 'v6e': (1.75e9, 1.64e12)}
 GPU_PEAK = {'H100': 9.89e14, 'H200': 9.89e14, 'A100': 3.12e14}  # bfloat16 FLOP/s
 
 
@@ -156,10 +152,7 @@ def on_gpu(flags: argparse.Namespace) -> Iterator[Row]:
 
 def on_tpu(flags: argparse.Namespace) -> Iterator[Row]:
   """What the compiler says of one chip of a slice."""
-  from jax.experimental import topologies
-
-  hertz, bytes_per_second = CHIPS[flags.topology.split(':')[0]]
-  devices = topologies.get_topology_desc(platform='tpu', topology_name=flags.topology).devices
+  chip, devices = read_topology(flags.topology)[0], topology_devices(flags.topology)
   for case, shape in chosen(TPU_CASES, flags.cases or list(TPU_CASES)[:4]).items():
     shape = dataclasses.replace(shape, batch=len(devices))
     for sizes in flags.meshes or [(len(devices) // e, e, 1) for e in {16, min(shape.experts, 64)}]:
@@ -168,7 +161,7 @@ def on_tpu(flags: argparse.Namespace) -> Iterator[Row]:
         for name, program in programs(shape, flags.dispatchers, dense=False):
           compiled = program.compile()
           ops = operations(compiled.as_text())
-          matmul, other = (1e3 * cycles(ops, matmul=m) / hertz for m in (True, False))
+          matmul, other = (1e3 * cycles(ops, matmul=m) / chip.clock for m in (True, False))
           bare = bare or matmul + other
           yield {
             'case': case,
@@ -177,7 +170,7 @@ def on_tpu(flags: argparse.Namespace) -> Iterator[Row]:
             'matmul_ms': matmul,
             'other_ms': other,
             'ratio': (matmul + other) / bare,
-            'uncosted_ms': 1e3 * uncosted_bytes(ops) / bytes_per_second,
+            'uncosted_ms': 1e3 * uncosted_bytes(ops) / chip.memory_speed,
             'temporary_mib': compiled.memory_analysis().temp_size_in_bytes / 2**20,
             'collectives': ', '.join(f'{op.kind} {op.wire_bytes / 2**20:.1f}/{op.ways}' for op in collectives(ops)),
           }
@@ -211,7 +204,7 @@ def main() -> None:
   parser.add_argument('--dispatchers', nargs='+', default=['einsum', 'gather', 'all_to_all', 'ragged'])
   parser.add_argument('--cases', nargs='+', help='only those whose names begin so')
   parser.add_argument('--meshes', nargs='+', type=lambda text: tuple(map(int, text.split('x'))), help='such as 4x64x1')
-  parser.add_argument('--topology', default='v5e:16x16')
+  parser.add_argument('--topology', default='v5e:16x16', help='such as v5p:8x8x4')
   parser.add_argument('--rounds', type=int, default=5)
   parser.add_argument('--json', type=pathlib.Path, help='where to write the rows too')
   flags = parser.parse_args()
