@@ -45,6 +45,12 @@ TPU = textwrap.dedent("""\
     ROOT %t = (s32[], f32[8,16]{1,0}) tuple(%g, %sum)
   }
 
+  %all-reduce-scatter.1 (input: bf16[4,64]) -> bf16[4,32] {
+    %input = bf16[4,64]{1,0} parameter(0)
+    %all-reduce.9 = bf16[4,64]{1,0} all-reduce(%input), channel_id=9, replica_groups={{0,1},{2,3}}, to_apply=%condition
+    ROOT %part = bf16[4,32]{1,0} dynamic-slice(%all-reduce.9), dynamic_slice_sizes={4,32}
+  }
+
   %condition (p: (s32[], f32[8,16])) -> pred[] {
     %p = (s32[], f32[8,16]{1,0}) parameter(0)
     ROOT %less = pred[] constant(true)
@@ -60,6 +66,7 @@ TPU = textwrap.dedent("""\
     %sent-start = (f32[5]{0}, f32[5]{0}, u32[], u32[]) collective-permute-start(%x), channel_id=3, source_target_pairs={{0,1},{1,2},{2,0}}
     %sent = f32[5]{0} collective-permute-done(%sent-start)
     %scattered = f32[10]{0} reduce-scatter(%x), channel_id=4, replica_groups=mesh['data'=2,'expert'=4] {'expert'}, dimensions={0}, to_apply=%condition
+    %fused = bf16[4,32]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1, metadata={op_name="jit(f)/dot"}
     %kernel = bf16[100,10]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
       "a": 1,
       "b": 2}}, metadata={op_name="jit(f)/pallas_call"}
@@ -77,6 +84,7 @@ def test_collectives_are_found_once_wherever_they_hide():
     ('all-reduce', 4, 1, 16 * 4 + 64 * 2, 2 * (16 * 4 + 64 * 2) * 3 / 4),
     ('collective-permute', 3, 1, 20, 20),
     ('reduce-scatter', 4, 1, 40, 40 * 3),
+    ('reduce-scatter', 2, 1, 4 * 32 * 2, 4 * 32 * 2),
   ]
 
 

@@ -3,6 +3,7 @@
 What a chip computes, holds and sends, of one layer forward and backward, read from the compiled text.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -78,3 +79,17 @@ def test_all_to_all(shape, compiled):
 @pytest.mark.parametrize('shape', [(16, 16, 1), (4, 64, 1)], ids=lambda s: 'x'.join(map(str, s)))
 def test_left_to_the_compiler(dispatcher, shape, compiled):
   check_traffic(compiled(dispatcher, shape)[0], shape)
+
+
+@pytest.mark.parametrize(('dtype', 'name'), [('bfloat16', 'bf16'), ('float32', 'f32')])
+def test_a_chip_sums_no_more_of_a_gradient_than_it_keeps(dtype, name, tpu):
+  """Where weights are split for memory (FSDP), gradients are scattered as they are summed, in the weights' type."""
+  data, expert = 16, 16
+  with sharding.activate(tpu('v5e:16x16', data, expert), sharding.fsdp_rules()):
+    program = layer_program(dataclasses.replace(SHAPE, dtype=dtype), all_to_all)
+    ops = collectives(operations(program.compile().as_text()))
+  found = [(op.kind, op.ways, [(d, math.prod(s)) for d, s in op.arrays]) for op in ops]
+  part = SHAPE.experts // expert * SHAPE.width * SHAPE.hidden // data
+  assert [x for x in found if x[0] == 'reduce-scatter'] == [('reduce-scatter', data, [(name, part)])] * 2, found
+  summed_whole = {size for kind, _, arrays in found if kind == 'all-reduce' for _, size in arrays}
+  assert summed_whole == {SHAPE.width * SHAPE.experts}, found  # the router's

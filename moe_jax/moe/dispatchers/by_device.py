@@ -118,6 +118,7 @@ def _whole(weight: Array, names: tuple[str | None, ...], where: PartitionSpec, d
   """
   for axis, (name, entry) in enumerate(zip(names, where, strict=True)):
     if entry and name not in ('expert', 'expert_mlp'):
-      weight = jax.lax.all_gather(weight, entry, axis=axis, tiled=True)
+      # Along the last axis the TPU compiler scatters no part below 256, and sums whole gradients on every device.
+      weight = jax.lax.all_gather(weight.swapaxes(axis, 1), entry, axis=1, tiled=True).swapaxes(axis, 1)
   split = [axis for entry in where for axis in axes_of(entry)]
   return jax.lax.pcast(weight, tuple(axis for axis in differing if axis not in split), to='varying')
