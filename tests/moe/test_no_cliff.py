@@ -14,6 +14,7 @@ from moe_jax.analysis.compiled import collectives, cycles, operations
 from moe_jax.moe.dispatchers.all_to_all import all_to_all
 from moe_jax.moe.dispatchers.einsum import einsum
 from moe_jax.moe.dispatchers.gather import gather
+from moe_jax.moe.dispatchers.ragged import ragged
 from tests.benchmarks.expert_layer import Shape, bare_program, layer_program
 
 SHAPE = Shape(experts=64, choices=2, width=2048, hidden=8192, batch=256, length=1024, group=1024)
@@ -93,3 +94,13 @@ def test_a_chip_sums_no_more_of_a_gradient_than_it_keeps(dtype, name, tpu):
   assert [x for x in found if x[0] == 'reduce-scatter'] == [('reduce-scatter', data, [(name, part)])] * 2, found
   summed_whole = {size for kind, _, arrays in found if kind == 'all-reduce' for _, size in arrays}
   assert summed_whole == {SHAPE.width * SHAPE.experts}, found  # the router's
+
+
+@pytest.mark.parametrize(('topology', 'kind'), [('v5e:4x4', 'all-to-all'), ('v5p:2x2x4', 'ragged-all-to-all')])
+def test_filled_rows_alone_travel_where_the_chip_can(topology, kind, tpu):
+  shape = Shape(experts=16, choices=2, width=512, hidden=256, batch=16, length=256, group=256)
+  with sharding.activate(tpu(topology, 4, 4), sharding.replicated_rules()):
+    ops = collectives(operations(layer_program(shape, ragged).compile().as_text()))
+  room = 4 * 2 * 256  # rows of the worst case: every choice of a device, to each of four
+  moved = [op.kind for op in ops if any(math.prod(s) == room * shape.width for _, s in op.arrays)]
+  assert moved == [kind] * 4, ops  # out and home, forward and backward

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from moe_jax.moe.experts import ExpertBank, Weights
@@ -37,6 +38,21 @@ class Device:
       return x
     return jax.lax.all_to_all(x, self.expert_axis, split_axis=split_axis, concat_axis=concat_axis, tiled=True)
 
+  def exchange_rows(self, x: Array, sent: Array, received: Array) -> Array:
+    """As `exchange` of one buffer for each device after another; where the network can, filled rows alone travel.
+
+    Args:
+      x: float[1, n N, M], N rows for each of the n devices.
+      sent: int32[n], how many of them are filled, from each buffer's start.
+      received: int32[n], how many of those that arrive are. Where `only_filled_rows_travel` the others are 0.
+    """
+    if not (self.expert_axis and only_filled_rows_travel()):
+      return self.exchange(x, 1, 1)
+    buffers = jnp.arange(self.experts) * (x.shape[1] // self.experts)
+    mine = jnp.full_like(buffers, buffers[jax.lax.axis_index(self.expert_axis)])
+    y = jnp.zeros_like(x[0])
+    return jax.lax.ragged_all_to_all(x[0], y, buffers, sent, mine, received, axis_name=self.expert_axis)[None]
+
   def whole_rows(self, x: Array) -> Array:
     """[..., M / m] -> [..., M], before the experts."""
     if not self.split_rows:
@@ -52,6 +68,12 @@ class Device:
   def complete(self, y: Array) -> Array:
     """The sum over hidden shards where that has been put off: after combining it is smallest."""
     return y if self.split_rows or not self.hidden_axis else jax.lax.psum(y, self.hidden_axis)
+
+
+def only_filled_rows_travel() -> bool:
+  """Whether the mesh has a ragged all-to-all: TPUs, but for v5e, whose compiler refuses it on a whole pod; no CPU."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device is not None and device.platform == 'tpu' and device.device_kind != 'TPU v5 lite'
 
 
 LocalJourney = Callable[[Device, Weights, Array, Plan], tuple[Array, Metrics]]

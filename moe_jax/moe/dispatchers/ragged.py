@@ -2,7 +2,7 @@
 
 Rows are sorted by expert and multiplied in blocks (MegaBlocks, Gale et al. 2022; see `grouped_matmul`). With expert
 parallelism the rows from one device to another travel in a buffer whose size is fixed, as XLA wants it: as large as the
-worst case asks, or bounded, and then what does not fit is counted.
+worst case asks, or bounded, and then what does not fit is counted. Where the network can, its empty rows stay at home.
 """
 
 import math
@@ -70,19 +70,20 @@ def ragged(
     made = expert < chosen.num_experts
     fits = made & (spot < room)
     where = slot_map(jnp.where(fits, expert // here * room + spot, arriving), arriving)
-    rows = device.whole_rows(device.exchange(fill(rows, where), 1, 1))
     sizes = jnp.diff(jnp.minimum(jnp.cumsum(sizes, axis=1), room), axis=1, prepend=0)
+    sent = jnp.sum(sizes, axis=1)
     sizes = device.exchange(sizes, 0, 0)  # int32[n, E / n], which device asks how often for which expert
+    ends, asked_of = jnp.cumsum(sizes, axis=1), jnp.sum(sizes, axis=0)
+    rows = device.whole_rows(device.exchange_rows(fill(rows, where), sent, ends[:, -1]))
 
     # There. What an expert is asked for comes together, that from the first device first.
-    ends, asked_of = jnp.cumsum(sizes, axis=1), jnp.sum(sizes, axis=0)
     shift = _starts(asked_of, block)[None] + jnp.cumsum(sizes, axis=0) - ends  # from a buffer's order to the experts'
     spot = jnp.arange(room)[None]
     slot = jnp.where(spot < ends[:, -1:], spot + _by_row(shift, ends - sizes, room), padded).reshape(1, arriving, 1)
     rows = run_here(weights, rows, slot, asked_of, jnp.ones_like(rows, jnp.float32, shape=slot.shape))
 
     # Home.
-    rows = device.exchange(device.share_rows(rows), 1, 1)
+    rows = device.exchange_rows(device.share_rows(rows), ends[:, -1], sent)
     lost = jnp.sum(made & ~fits).astype(jnp.float32)
     return read(rows, weight, where).reshape(tokens.shape), {'overflow': jnp.full(len(tokens), lost / len(tokens))}
 
