@@ -3,6 +3,8 @@
 import json
 import os
 import pathlib
+import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -31,12 +33,12 @@ SMALL = {
 FOREVER = 10**5
 
 
-def start(folder, processes, steps):
-  """A run as so many processes, with eight devices in all."""
+def start(folder, processes, steps, **more):
+  """A run as so many processes, with eight devices in all, and more bindings."""
   with socket.socket() as probe:
     probe.bind(('localhost', 0))
     address = f'localhost:{probe.getsockname()[1]}'
-  bindings = {**SMALL, 'MODEL_DIR': str(folder), 'TRAIN_STEPS': steps, 'FAKE_DEVICES': 8 // processes}
+  bindings = {**SMALL, 'MODEL_DIR': str(folder), 'TRAIN_STEPS': steps, 'FAKE_DEVICES': 8 // processes, **more}
   command = [sys.executable, 'run.py', '--gin_file=gin/experiments/quickstart.gin']
   command += [f'--gin.{name}={value!r}' for name, value in bindings.items()]
   command += ['--gin.STRATEGY=None']  # no sample at the end
@@ -125,6 +127,34 @@ def test_killed_moved_and_preempted_a_run_is_the_same(tmp_path, later):
   np.testing.assert_allclose([*actual.values()], [*expected.values()], rtol=1e-4)
   rows = [json.loads(line) for line in (whole / 'metrics.jsonl').read_text().splitlines()]
   assert all(0 < row['goodput'] <= 1 for row in rows if row['split'] == 'train')
+
+
+@pytest.mark.slow
+def test_a_run_that_crashes_goes_on_from_the_disks_of_its_hosts_though_one_is_lost(tmp_path):
+  """What it had computed by then, it computes again to the bit; the only checkpoint of all is that of its end."""
+  folder, disks = tmp_path / 'run', tmp_path / 'disks'
+  write_corpus(tmp_path)
+  more = {'LOCAL_CHECKPOINT_DIR': str(disks), 'LOCAL_CHECKPOINT_PERIOD': 2, 'CHECKPOINT_PERIOD': 10**6}
+  more['MESH'] = {'replica': 2, 'expert': 4}
+
+  def kept(host):
+    return max((int(path.name) for path in disks.glob(f'*/process_{host}/[0-9]*')), default=0)
+
+  both = start(folder, 2, FOREVER, **more)
+  wait_for(lambda: min(kept(0), kept(1)) >= 4, both)
+  time.sleep(random.random())
+  both[1].send_signal(signal.SIGKILL)
+  finish(both[:1], 1, seconds=60)
+  both[1].communicate()
+  before, (lost,) = losses(folder), disks.glob('*/process_1')
+  shutil.rmtree(lost)
+  saved, last = kept(0), max(before) + 2
+
+  said = finish(start(folder, 2, last, **more), 0)
+  assert f'Going on from step {saved} in {disks}' in said[0]
+  after = losses(folder)
+  assert list(after) == list(range(1, last + 1)) and before.items() <= after.items()
+  assert newest(folder) == last and not list(disks.glob('*/*/*')), 'what is whole elsewhere needs no other'
 
 
 @pytest.mark.parametrize(

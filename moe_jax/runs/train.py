@@ -1,5 +1,6 @@
 """The training loop: restore or begin, train, evaluate, save, and tell how it went."""
 
+import contextlib
 import functools
 import itertools
 import json
@@ -36,7 +37,8 @@ from moe_jax.runs.setup import (
   variables_of,
 )
 from moe_jax.runs.teacher import Taught, Teacher, check_vocabularies
-from moe_jax.training.checkpoints import Checkpointer, SavableIterator
+from moe_jax.training.checkpoints import Checkpointer
+from moe_jax.training.emergency import LocalCheckpoints
 from moe_jax.training.metrics import MetricsLog, averaged, with_bits_per_byte
 from moe_jax.training.state import OptimizerFactory, TrainState
 from moe_jax.training.step import eval_step
@@ -65,6 +67,8 @@ def train(
   strategy: Strategy | None = None,
   max_new_tokens: int = 128,
   async_checkpoints: bool = True,
+  local_checkpoint_dir: str | None = None,
+  local_checkpoint_period: int = 100,
   compilation_cache: str | None = None,
   profile_steps: str | None = None,
   dry_run: bool = False,
@@ -93,6 +97,8 @@ def train(
     strategy: how to go on from a validation text at the end, to show what was learnt; None does not.
     max_new_tokens: how far.
     async_checkpoints: writes them while training goes on.
+    local_checkpoint_dir: on each host's own disk, for checkpoints in between, see `LocalCheckpoints`; None has none.
+    local_checkpoint_period: of these, in steps.
     compilation_cache: folder where what is compiled is kept for the next start; None does not.
     profile_steps: 'first:last', steps to trace with JAX's profiler into `model_dir`/profile.
     dry_run: builds everything, says how large it is, and stops.
@@ -109,6 +115,7 @@ def train(
   at_least_one(
     EVAL_STEPS=eval_steps, EVAL_PERIOD=eval_period, CHECKPOINT_PERIOD=checkpoint_period,
     LOG_PERIOD=log_period, MICROBATCHES=microbatches, BATCH_SIZE=data.batch_size,
+    LOCAL_CHECKPOINT_PERIOD=local_checkpoint_period,
   )  # fmt: skip
   if not isinstance(train_steps, int) or train_steps < 0:
     raise ConfigError(f'TRAIN_STEPS={train_steps!r}: a whole number is wanted; 0 saves what a run would begin with.')
@@ -129,12 +136,21 @@ def train(
   objective = data.tell_bytes(objective)
 
   saving: dict[str, Any] = {'keep': checkpoints_to_keep, 'asynchronous': async_checkpoints}
-  with program.activate(), locked(folder), Checkpointer(folder, **saving) as checkpointer:
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(program.activate())
+    stack.enter_context(locked(folder))
+    local = stack.enter_context(LocalCheckpoints(local_checkpoint_dir, folder)) if local_checkpoint_dir else None
+    checkpointer = stack.enter_context(Checkpointer(folder, **saving))  # whole before the local ones go
     # ---- Begin, or go on --------------------------------------------------------------------------------------------
-    batches: SavableIterator = data.batches(program.mesh, 'train')
-    if checkpointer.latest_step() is None:
-      state = (initial or Initial()).state(program)
+    begin = functools.partial(data.batches, program.mesh, 'train')
+    newest = checkpointer.latest_step()
+    if local and (found := local.restore(program.state_spec, begin, after=newest)):
+      state, batches = found
+      say(f'Going on from step {int(state.step)} in {local.directory}, local checkpoints of each host')
+    elif newest is None:
+      state, batches = (initial or Initial()).state(program), begin()
     else:
+      batches = begin()
       state = checkpointer.restore(program.state_spec, batches)
       if state.opt_state is None:
         state = program.with_fresh_optimizer(state)
@@ -172,10 +188,11 @@ def train(
         profiler.after(step, state)
         preempted = preemption.reached(step)
         last = step == train_steps or preempted
-        if step % log_period == 0 or step % checkpoint_period == 0 or step % eval_period == 0 or last:
+        saves, saves_locally = step % checkpoint_period == 0 or last, local and step % local_checkpoint_period == 0
+        if step % log_period == 0 or step % eval_period == 0 or saves or saves_locally:
           waiting = [(number, jax.device_get(values)) for number, values in waiting]
           if (bad := diverged(waiting, watch, checkpointer)) is not None:
-            state = go_back(program, checkpointer, watch, bad)
+            state = go_back(program, checkpointer, local, watch, bad)
             step = int(state.step)
             log.drop_after(step)
             progress.note(f'The loss diverged at step {bad}: back to step {step}, and on with other batches')
@@ -199,9 +216,9 @@ def train(
           progress.note(f'step {step}: validation {describe_loss(values)}')
           summary['validation_bits_per_byte'] = values.get('bits_per_byte')
           logged = time.perf_counter()
-        if step % checkpoint_period == 0 or last:
+        if keeper := checkpointer if saves else local if saves_locally else None:
           log.show()  # a run that goes on from here has no more of its lines than are there
-          checkpointer.save(state, batches)
+          keeper.save(state, batches)
           logged = time.perf_counter()
         if preempted:
           checkpointer.wait()
@@ -274,7 +291,9 @@ def diverged(losses: Sequence[tuple[int, Any]], watch: LossWatch | None, checkpo
   return None
 
 
-def go_back(program: Program, checkpointer: Checkpointer, watch: Any, diverged_at: int) -> TrainState:
+def go_back(
+  program: Program, checkpointer: Checkpointer, local: LocalCheckpoints | None, watch: Any, diverged_at: int
+) -> TrainState:
   """The state of the newest checkpoint before a divergence; those after it are deleted.
 
   Raises:
@@ -288,6 +307,8 @@ def go_back(program: Program, checkpointer: Checkpointer, watch: Any, diverged_a
       f'The loss diverged at step {diverged_at}, and no checkpoint is older: stopped. Lower the learning rate, or set a'
       ' shorter CHECKPOINT_PERIOD and more CHECKPOINTS_TO_KEEP.'
     )
+  if local:
+    local.clear()
   checkpointer.delete_after(before[-1])
   return checkpointer.restore(program.state_spec, step=before[-1])
 
