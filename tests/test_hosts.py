@@ -131,7 +131,7 @@ def test_killed_moved_and_preempted_a_run_is_the_same(tmp_path, later):
 
 @pytest.mark.slow
 def test_a_run_that_crashes_goes_on_from_the_disks_of_its_hosts_though_one_is_lost(tmp_path):
-  """What it had computed by then, it computes again to the bit; the only checkpoint of all is that of its end."""
+  """What it had computed by then, it computes again to the bit; there is no other checkpoint."""
   folder, disks = tmp_path / 'run', tmp_path / 'disks'
   write_corpus(tmp_path)
   more = {'LOCAL_CHECKPOINT_DIR': str(disks), 'LOCAL_CHECKPOINT_PERIOD': 2, 'CHECKPOINT_PERIOD': 10**6}
@@ -148,13 +148,14 @@ def test_a_run_that_crashes_goes_on_from_the_disks_of_its_hosts_though_one_is_lo
   both[1].communicate()
   before, (lost,) = losses(folder), disks.glob('*/process_1')
   shutil.rmtree(lost)
-  saved, last = kept(0), max(before) + 2
+  saved = kept(0)
 
-  said = finish(start(folder, 2, last, **more), 0)
+  others = start(folder, 2, FOREVER, **more)
+  wait_for(lambda: max(losses(folder)) > max(before) and not before.keys() - losses(folder).keys(), others)
+  others[1].send_signal(signal.SIGTERM)
+  said = finish(others, 128 + signal.SIGTERM)
   assert f'Going on from step {saved} in {disks}' in said[0]
-  after = losses(folder)
-  assert list(after) == list(range(1, last + 1)) and before.items() <= after.items()
-  assert newest(folder) == last and not list(disks.glob('*/*/*')), 'what is whole elsewhere needs no other'
+  assert before.items() <= losses(folder).items()
 
 
 @pytest.mark.parametrize(

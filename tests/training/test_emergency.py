@@ -106,6 +106,26 @@ def test_another_model_or_mesh_or_run_is_passed_over(tmp_path, mesh):
   assert restored(tmp_path, mesh(data=2, expert=2)) is None
 
 
+def test_a_run_that_ends_well_leaves_none(tmp_path, mesh):
+  with LocalCheckpoints(str(tmp_path / 'disk'), tmp_path / 'run') as local:
+    local.save(state_at(1, mesh()), Counter())
+  assert not [path for path in tmp_path.rglob('*') if path.is_file()]
+  with pytest.raises(RuntimeError), LocalCheckpoints(str(tmp_path / 'disk'), tmp_path / 'run') as local:
+    local.save(state_at(1, mesh()), Counter(10))
+    raise RuntimeError
+  local._written.result()
+  assert restored(tmp_path, mesh()) == 1
+
+
+def test_a_disk_that_is_full_is_said(tmp_path, mesh, monkeypatch):
+  local = LocalCheckpoints(str(tmp_path / 'disk'), tmp_path / 'run')
+  monkeypatch.setattr(os, 'fsync', lambda _: (_ for _ in ()).throw(OSError(28, 'No space left on device')))
+  local.save(state_at(1, mesh()), Counter())
+  with pytest.raises(ConfigError, match=r'cannot be written to .*No space left on device'):
+    local.save(state_at(2, mesh()), Counter())
+  assert restored(tmp_path, mesh()) is None
+
+
 def test_where_it_cannot_be(tmp_path):
   (tmp_path / 'file').write_text('')
   for place in (str(tmp_path / 'file'), 'gs://bucket'):
