@@ -4,6 +4,7 @@ A tensor is read when a device asks for its part of the array that it makes, no 
 twice by the same one; nothing is unpickled.
 """
 
+import collections
 import contextlib
 import json
 import math
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -225,7 +227,7 @@ def _part(tensor: Any, shape: tuple[int, ...], ranges: list[range], inputs: int 
 def save(
   folder: str | Path, params: Params, config: Mapping[str, Any], dtypes: Mapping[str, str] | None = None
 ) -> None:
-  """Writes a model's parameters as Hugging Face's.
+  """Writes a model's parameters as Hugging Face's. Of several hosts, all call it, and the first writes.
 
   Args:
     folder: gets config.json and model.safetensors, or several of `SHARD_BYTES` and their index.
@@ -243,7 +245,12 @@ def save(
     here, wanted = (tree[path].shape if path in tree else 'missing' for tree in (flat, spec))
     if here != wanted:
       raise ConfigError(f'The parameters are not those of config.json: {path} is {here} and would be {wanted}.')
-  plain = config.get('dtype') or config.get('torch_dtype') or 'float32'
+  tensors = _tensors(
+    family, names, spec, flat, dtypes or {}, config.get('dtype') or config.get('torch_dtype') or 'float32'
+  )
+  if jax.process_index() > 0:
+    collections.deque(tensors, maxlen=0)  # helps to gather them
+    return
   folder.mkdir(parents=True, exist_ok=True)
   (folder / 'config.json').write_text(json.dumps(dict(config), indent=2) + '\n')
 
@@ -251,17 +258,14 @@ def save(
   shards: list[dict[str, np.ndarray]] = [{}]
   room, sizes = SHARD_BYTES, {}
   files: list[Path] = []
-  for path, slots in plan(family, names, spec).items():
-    for slot in slots:
-      dtype = _DTYPES[(dtypes or {}).get(slot.tensor.name, plain)]
-      x = _to_theirs(np.asarray(flat[path][slot.at]), slot.tensor.inputs).astype(dtype)
-      for name in (slot.tensor.name, *(copies if slot.tensor.name == _TABLE else ())):
-        if x.nbytes > room and shards[-1]:
-          files.append(_write(folder, shards[-1], len(files)))
-          shards[-1], room = {}, SHARD_BYTES
-        shards[-1][name] = x
-        sizes[name] = (len(files), x.nbytes)
-        room -= x.nbytes
+  for tensor, x in tensors:
+    for name in (tensor, *(copies if tensor == _TABLE else ())):
+      if x.nbytes > room and shards[-1]:
+        files.append(_write(folder, shards[-1], len(files)))
+        shards[-1], room = {}, SHARD_BYTES
+      shards[-1][name] = x
+      sizes[name] = (len(files), x.nbytes)
+      room -= x.nbytes
   files.append(_write(folder, shards[-1], len(files)))
   if len(files) == 1:
     files[0].rename(folder / SINGLE)
@@ -272,6 +276,19 @@ def save(
   weight_map = {name: final[number] for name, (number, _) in sizes.items()}
   total = sum(size for _, size in sizes.values())
   (folder / INDEX).write_text(json.dumps({'metadata': {'total_size': total}, 'weight_map': weight_map}, indent=2))
+
+
+def _tensors(
+  family: Family, names: Names, spec: Mapping[str, Any], flat: Mapping[str, Any], dtypes: Mapping[str, str], plain: str
+) -> Iterator[tuple[str, np.ndarray]]:
+  """Their tensors by name, each gathered from all hosts as it is asked for."""
+  for path, slots in plan(family, names, spec).items():
+    for slot in slots:
+      x = flat[path][slot.at]
+      if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        x = multihost_utils.process_allgather(x, tiled=True)
+      dtype = _DTYPES[dtypes.get(slot.tensor.name, plain)]
+      yield slot.tensor.name, _to_theirs(np.asarray(x), slot.tensor.inputs).astype(dtype)
 
 
 def _write(folder: Path, tensors: dict[str, np.ndarray], number: int) -> Path:
@@ -303,10 +320,10 @@ def keep_origin(source: str | Path, folder: Path) -> None:
 
 
 def save_with_origin(folder: str | Path, params: Params, origin: Path) -> None:
-  """Writes parameters with what `keep_origin` kept."""
+  """Writes parameters with what `keep_origin` kept, as `save` does."""
   dtypes = json.loads((origin / 'dtypes.json').read_text()) if (origin / 'dtypes.json').exists() else None
   save(folder, params, read_config(origin), dtypes)
-  for path in origin.iterdir():
+  for path in origin.iterdir() if jax.process_index() == 0 else ():
     if path.name not in ('config.json', 'dtypes.json'):
       (Path(folder).expanduser() / path.name).write_bytes(path.read_bytes())
 

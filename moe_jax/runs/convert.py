@@ -6,6 +6,8 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 
 from moe_jax import sharding
 from moe_jax.paths import is_remote
@@ -47,6 +49,7 @@ def convert(
   if kind not in engines:
     raise ConfigError(f'No {"--from" if source else "--to"}={kind}: choose among {", ".join(engines)}.')
   written = engines[kind](model_dir, devices, path)
+  multihost_utils.sync_global_devices('written')  # a host that left before the first has written would end it
   say(f'{kind}: wrote {written}')
   return written
 
@@ -61,7 +64,7 @@ def from_hugging_face(model_dir: str, devices: Devices, path: str) -> Path:
   with locked(folder), Checkpointer(folder) as checkpointer:
     _check_empty(checkpointer, model_dir)
     _, variables = huggingface.load(path, mesh)
-    checkpointer.save(TrainState(jnp.int32(0), variables['params'], None, {}))
+    checkpointer.save(TrainState(np.int32(0), variables['params'], None, {}))  # type: ignore[arg-type]
     if jax.process_index() == 0:
       (folder / 'model.gin').write_text(huggingface.gin_text(config, model_dir))
       huggingface.keep_origin(path, folder / ORIGIN)

@@ -4,6 +4,9 @@ import collections
 import functools
 import json
 import shutil
+import socket
+import subprocess
+import sys
 
 import gin
 import jax
@@ -331,3 +334,30 @@ def test_the_command_line_there_and_back(tmp_path, capsys):
   gin.clear_config()
   assert run.main(['--run_mode=convert', '--to=hf', f'--path={back}', f"--gin.MODEL_DIR='{ours}'"]) == 1
   assert 'copy hf/ from the MODEL_DIR' in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures('_clean')
+def test_two_hosts_write_one_model(tmp_path):
+  tensors = theirs(tmp_path / 'theirs', 'mixtral')
+  ours, back = tmp_path / 'ours', tmp_path / 'back'
+  for flags in (['--from=hf', f'--path={tmp_path / "theirs"}'], ['--to=hf', f'--path={back}']):
+    with socket.socket() as probe:
+      probe.bind(('localhost', 0))
+      port = probe.getsockname()[1]
+    command = [sys.executable, 'run.py', '--run_mode=convert', *flags, f"--gin.MODEL_DIR='{ours}'"]
+    command += ['--gin.FAKE_DEVICES=2', f'--coordinator_address=localhost:{port}', '--num_processes=2']
+    both = [
+      subprocess.Popen([*command, f'--process_id={i}'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+      for i in range(2)
+    ]
+    try:
+      said = [process.communicate(timeout=200)[0] for process in both]
+    finally:
+      for process in both:
+        process.kill()
+    assert [process.returncode for process in both] == [0, 0], '\n'.join(said)[-3000:]
+    assert ['wrote' in text for text in said] == [True, False]
+  written = load_file(back / 'model.safetensors')
+  assert written.keys() == tensors.keys()
+  for name, x in written.items():
+    assert x.tobytes() == tensors[name].tobytes(), name
