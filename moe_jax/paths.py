@@ -17,7 +17,7 @@ if importlib.util.find_spec('gcsfs'):  # read at the first path of etils in this
 
 
 def to_path(path: str | os.PathLike[str]) -> Path:
-  """The path that a user names: '~' is theirs.
+  """The path that a user names: '~' is expanded.
 
   Raises:
     ConfigError: if it is remote, and not in a bucket or the library for that is missing.
@@ -54,6 +54,13 @@ def make_folder(path: Path) -> None:
   path.mkdir(parents=True, exist_ok=True)
   if is_remote(path):
     (path / '.keep').write_text('')
+
+
+def remove_folder(path: Path) -> None:
+  """Removes a folder and all in it."""
+  from etils import epath
+
+  epath.Path(path).rmtree()
 
 
 def append(path: Path, text: str) -> None:

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import time
 
 import gin
 import jax
@@ -155,6 +156,41 @@ def test_it_goes_back_where_it_diverges_and_counts_that(tmp_path, monkeypatch):
   more = [f"--gin.INITIAL_CHECKPOINT_PATH='{folder}'", '--gin.TRAIN_STEPS=1', '--gin.STRATEGY=None']
   assert run.main(['--debug', *arguments(tmp_path / 'second', *more)]) == 0
   assert lines(tmp_path / 'second' / 'metrics.jsonl')[0]['loss'] < metrics[0]['loss'] - 0.1
+
+
+def test_a_run_that_crashes_goes_on_from_its_local_checkpoint(tmp_path, monkeypatch, capsys):
+  folder, disk, calls = tmp_path / 'run', tmp_path / 'disk', itertools.count(1)
+
+  def crashing(*args):
+    step = compiled_step(*args)
+
+    def one(state, batch):
+      if next(calls) == 6:
+        raise RuntimeError('crash')
+      return step(state, batch)
+
+    return one
+
+  monkeypatch.setattr('moe_jax.runs.train.compiled_step', crashing)
+  more = [f"--gin.LOCAL_CHECKPOINT_DIR='{disk}'", '--gin.LOCAL_CHECKPOINT_PERIOD=2', '--gin.CHECKPOINT_PERIOD=100']
+  more += ['--gin.EVAL_PERIOD=100', '--gin.STRATEGY=None']
+  with pytest.raises(RuntimeError, match='crash'):
+    run.main(['--debug', *arguments(folder, *more)])
+  while not list(disk.glob('*/process_0/4')):  # is written by a thread
+    time.sleep(0.01)
+  assert not list((folder / 'checkpoints').glob('[0-9]*'))
+  told = {line['step']: line['loss'] for line in lines(folder / 'metrics.jsonl')}
+
+  # There is nothing left to train for one that wants less, and the steps in between are not lost.
+  gin.clear_config()
+  assert run.main(['--debug', *arguments(folder, *more, '--gin.TRAIN_STEPS=4')]) == 0
+  said = capsys.readouterr().out
+  assert f'Going on from step 4 in {disk}' in said and 'Nothing left to train: TRAIN_STEPS=4' in said
+  assert not list(disk.glob('*/process_0/[0-9]*')), 'it ended well'
+  gin.clear_config()
+  assert run.main(['--debug', *arguments(folder, *more, '--gin.TRAIN_STEPS=5')]) == 0
+  again = {line['step']: line['loss'] for line in lines(folder / 'metrics.jsonl') if line['split'] == 'train'}
+  assert again == told and len(told) == 5
 
 
 def test_gin_reaches_what_it_may(tmp_path, capsys):

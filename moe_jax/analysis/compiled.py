@@ -198,7 +198,7 @@ def _walk(name: str, program: _Program, times: int) -> Iterator[Operation]:
     if 'AsyncCollectiveStart' in targets:  # then steps of it are hidden in other fusions, which hand its buffers on
       yield from (op for body in called for op in _walk(body, program, times) if op.kind in COLLECTIVES)
     if fused := [body for body in called if body.startswith('all-reduce-scatter')]:
-      kind, rest = 'reduce-scatter', rest + next(line for line in bodies[fused[0]] if ' all-reduce(' in line)
+      kind, rest = 'reduce-scatter', rest + next((line for line in bodies[fused[0]] if ' all-reduce(' in line), '')
     opcode, estimate = kind.removesuffix('-start'), _CYCLES.search(rest)
     if kind == 'send' and (transfer := _BETWEEN_SLICES.search(rest)):
       opcode = transfer[1].lower().replace('_', '-')

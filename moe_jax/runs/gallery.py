@@ -18,6 +18,7 @@ import numpy as np
 from moe_jax.moe.routers.base import Router
 from moe_jax.moe.routing_plan import RoutingPlan
 from moe_jax.objectives import Objective
+from moe_jax.paths import to_path
 from moe_jax.runs.setup import Data, Devices, build, variables_of
 from moe_jax.training.state import OptimizerFactory
 from moe_jax.training.step import train_step
@@ -175,7 +176,7 @@ def gallery(pictures: Sequence[Picture], output: str | Path = 'runs/routers.html
     loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
   )
   page = jinja.get_template('gallery.html.j2').render(pictures=pictures)
-  path = Path(output)
+  path = to_path(output)
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text(page, encoding='utf-8')
   return path

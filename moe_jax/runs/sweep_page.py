@@ -13,6 +13,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FixedLocator, MaxNLocator, NullLocator, ScalarFormatter
 
+from moe_jax.paths import is_remote, to_path
 from moe_jax.runs import sweep_results
 from moe_jax.runs.drawing import BLUE, COLOR, ORANGE, STYLE, note, si, spread, svg
 from moe_jax.runs.report import curve, load_run
@@ -36,6 +37,8 @@ def sweep_report(model_dir: str | Path, output: str | Path | None = None) -> Pat
   Raises:
     ConfigError: if no run is finished.
   """
+  if is_remote(model_dir):
+    raise ConfigError(f'The sweep {model_dir!r} is in a bucket: copy it to a folder.')
   folder = Path(model_dir)
   rows = sweep_results.read_rows(folder)
   sweep_results.write_rows(folder, rows)
@@ -70,7 +73,7 @@ def sweep_report(model_dir: str | Path, output: str | Path | None = None) -> Pat
     label=label,
     **panels,
   )
-  path = Path(output or folder / 'report.html')
+  path = to_path(output or folder / 'report.html')
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text(page, encoding='utf-8')
   return path

@@ -38,7 +38,7 @@ from moe_jax.runs.setup import (
 )
 from moe_jax.runs.teacher import Taught, Teacher, check_vocabularies
 from moe_jax.training.checkpoints import Checkpointer
-from moe_jax.training.emergency import LocalCheckpoints
+from moe_jax.training.emergency import LocalCheckpoints, forget_local_checkpoints
 from moe_jax.training.metrics import MetricsLog, averaged, with_bits_per_byte
 from moe_jax.training.state import OptimizerFactory, TrainState
 from moe_jax.training.step import eval_step
@@ -77,7 +77,8 @@ def train(
   """Trains a model, or goes on with one that was interrupted in `model_dir`.
 
   Args:
-    model_dir: where the run lives; holds config.gin, metrics.jsonl, TensorBoard files, checkpoints/ and report.html.
+    model_dir: where the run lives; holds config.gin, metrics.jsonl, TensorBoard files, checkpoints/ and report.html,
+      and where they were needed damaged_checkpoints/ and places/ (in the data, of local checkpoints).
     objective: model and loss.
     optimizer: makes the optimizer.
     data: what to train on.
@@ -147,14 +148,19 @@ def train(
     if local and (found := local.restore(program.state_spec, begin, after=newest)):
       state, batches = found
       say(f'Going on from step {int(state.step)} in {local.directory}, local checkpoints of each host')
-    elif newest is None:
-      state, batches = (initial or Initial()).state(program), begin()
     else:
       batches = begin()
-      state = checkpointer.restore(program.state_spec, batches)
-      if state.opt_state is None:
-        state = program.with_fresh_optimizer(state)
-      say(f'Going on from step {int(state.step)} in {checkpointer.directory}')
+      if newest is None:
+        state = (initial or Initial()).state(program)
+      else:
+        state = checkpointer.restore(program.state_spec, batches)
+        if state.opt_state is None:
+          state, batches = program.with_fresh_optimizer(state), begin()
+        say(f'Going on from step {int(state.step)} in {checkpointer.directory}')
+      if local:  # only now: what does not fit the run leaves them alone
+        local.clear()
+    if not local:
+      forget_local_checkpoints(folder)
     first = step = int(state.step)
     if teacher:
       check_vocabularies(teacher, data.vocab_size)
@@ -224,8 +230,9 @@ def train(
           checkpointer.wait()
           raise Preempted(f'SIGTERM: saved at step {step} and stopped. The same command goes on from there.')
     if first >= train_steps:
-      if checkpointer.latest_step() is None:
+      if checkpointer.latest_step() != first:
         checkpointer.save(state, batches)
+      if first == 0:
         say(f'TRAIN_STEPS=0: saved what a run would begin with in {checkpointer.directory}')
         return summary
       say(f'Nothing left to train: TRAIN_STEPS={train_steps} and the run is at step {first}.')
@@ -300,6 +307,8 @@ def go_back(
     ConfigError: if there is none, or the run went back too often.
   """
   checkpointer.wait()
+  if local:  # these may be of the steps in between, and a run that stops here must not go on from them
+    local.clear()
   watch.count(diverged_at)
   before = [step for step in checkpointer.all_steps() if step < diverged_at]
   if not before:
@@ -307,8 +316,6 @@ def go_back(
       f'The loss diverged at step {diverged_at}, and no checkpoint is older: stopped. Lower the learning rate, or set a'
       ' shorter CHECKPOINT_PERIOD and more CHECKPOINTS_TO_KEEP.'
     )
-  if local:
-    local.clear()
   checkpointer.delete_after(before[-1])
   return checkpointer.restore(program.state_spec, step=before[-1])
 

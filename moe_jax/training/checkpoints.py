@@ -210,11 +210,12 @@ class Checkpointer:
       if path in marks and marks[path] != mark:
         raise self._damaged(step, f'is damaged: {path} is not what was saved')
 
-  def _together(self, step: int, act: Callable[[], T]) -> T:
+  def _together(self, step: int | None, act: Callable[[], T]) -> T:
     """What `act` returns, if it does on every host; if it raises on one, something is raised on all of them.
 
     Raises:
-      Damaged: if nothing worse was raised on any host than this.
+      Damaged: if it cannot be read on some host.
+      ConfigError: if some host refuses it.
     """
     error: Exception | None = None
     try:
@@ -226,7 +227,7 @@ class Checkpointer:
     if worst > severity:
       error = self._damaged(step, 'cannot be read on another host')
     if worst > max(severity, 1):
-      error = ConfigError(f'The checkpoint {self.directory}/{step} does not do on another host, which says why.')
+      error = ConfigError(f'The checkpoint {self.directory}/{step} is refused on another host, which says why.')
     if error is not None:
       raise error
     return result
@@ -238,11 +239,15 @@ class Checkpointer:
       Damaged: if they cannot be read.
     """
     step = self.latest_step() if step is None else step
-    try:
-      tree = self._saved_tree(step)
-      saved = TrainState(tree['step'], tree['params'], tree.get('opt_state'), tree.get('variables') or {})
-    except Exception as error:
-      raise self._damaged(step, f'cannot be read ({_reason(error)})') from error
+
+    def read() -> TrainState:
+      try:
+        tree = self._saved_tree(step)
+        return TrainState(tree['step'], tree['params'], tree.get('opt_state'), tree.get('variables') or {})
+      except Exception as error:
+        raise self._damaged(step, f'cannot be read ({_reason(error)})') from error
+
+    saved = self._together(step, read)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), saved, is_leaf=lambda x: hasattr(x, 'shape'))
 
   def delete_after(self, step: int) -> None:

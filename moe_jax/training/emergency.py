@@ -18,12 +18,12 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax.notices import notice
-from moe_jax.paths import absolute, is_remote, readable, writable
+from moe_jax.paths import absolute, is_remote, readable, remove_folder, writable
+from moe_jax.sharding import axes_of
 from moe_jax.training.checkpoints import SavableIterator
 from moe_jax.training.fingerprints import fingerprints
 from moe_jax.training.state import TrainState
@@ -31,6 +31,7 @@ from moe_jax.types import Array, ConfigError, path_name
 
 _KEPT = 2  # while hosts write one, all have the one before
 _UNFINISHED = '.unfinished'  # on its way in or out
+_PLACES = 'places'  # in MODEL_DIR
 
 Pieces = Mapping[str, np.ndarray]  # array's path and index -> its words
 
@@ -52,7 +53,7 @@ class LocalCheckpoints:
     run = absolute(model_dir)
     name = f'{run.name}_{hashlib.sha256(str(run).encode()).hexdigest()[:8]}'
     self.directory = Path(directory).expanduser().absolute() / name / f'process_{jax.process_index()}'
-    self._places = epath.Path(run) / 'places'
+    self._places = run / _PLACES
     self._writer = concurrent.futures.ThreadPoolExecutor(1)
     self._written: concurrent.futures.Future[None] | None = None
     self._last: int | None = None
@@ -67,6 +68,7 @@ class LocalCheckpoints:
 
     Raises:
       ConfigError: if the save before it could not be written.
+      OSError: if its place in the data cannot be written to the run's folder.
     """
     self._wait()
     before, self._last = self._last, int(state.step)
@@ -93,7 +95,7 @@ class LocalCheckpoints:
   def restore(
     self, state_spec: TrainState, batches: Callable[[], SavableIterator], after: int | None
   ) -> tuple[TrainState, SavableIterator] | None:
-    """The newest state that is whole over all hosts, and the batches that follow it. All others are removed.
+    """The newest state that is whole over all hosts, and the batches that follow it; all others are then removed.
 
     Args:
       state_spec: shapes, types and shardings.
@@ -101,7 +103,7 @@ class LocalCheckpoints:
       after: what is not of a later step is of no use.
 
     Returns:
-      None if there is none, for which a notice gives the reason.
+      None if there is none. One that is there and is not whole is told of, and left there.
     """
     steps = self._steps()[:_KEPT]
     known = _of_all_hosts(np.array(steps + [-1] * (_KEPT - len(steps)), np.int32))
@@ -113,7 +115,6 @@ class LocalCheckpoints:
         self._keep(step)
         return found
       notice(f'The local checkpoint of step {step} is not whole over all hosts, and is passed over.')
-    self.clear()
     return None
 
   def _restore(
@@ -134,7 +135,7 @@ class LocalCheckpoints:
       with readable(self._places / str(step)) as folder:
         iterator.restore(str(folder / 'iterator'))
       at_place = True
-    except (ConfigError, OSError):
+    except Exception:  # of other data, or whatever the client of a bucket raises
       at_place = False
     well = at_place and (same or saved is None)
     return (state, iterator) if _of_all_hosts(np.array(well)).all() else None
@@ -169,10 +170,7 @@ class LocalCheckpoints:
     for folder in list(self.directory.glob('[0-9]*')):
       if folder.name not in map(str, steps):
         shutil.rmtree(folder.rename(unfinished))  # a part of one must not pass for the whole
-    if jax.process_index() == 0 and self._places.exists():
-      for place in self._places.iterdir():
-        if place.name not in map(str, steps):
-          place.rmtree()
+    _forget_places(self._places, steps)
 
   def _steps(self) -> list[int]:
     """Of what this host has written and knows the place of, newest first."""
@@ -193,9 +191,21 @@ class LocalCheckpoints:
     return self
 
   def __exit__(self, *error: object) -> None:
-    self._writer.shutdown(wait=False)  # what it has begun it still writes
+    self._writer.shutdown(wait=False)  # a single process still writes what it has begun
     if error[0] is None:
       self.clear()
+
+
+def forget_local_checkpoints(model_dir: os.PathLike[str]) -> None:
+  """Makes a run's local checkpoints useless, wherever they are, since it goes on without them."""
+  _forget_places(absolute(model_dir) / _PLACES)
+
+
+def _forget_places(places: Path, but: Collection[int | None] = ()) -> None:
+  if jax.process_index() == 0 and places.exists():
+    for place in places.iterdir():
+      if place.name not in map(str, but):
+        remove_folder(place)
 
 
 def _of_all_hosts(value: np.ndarray) -> np.ndarray:
@@ -232,7 +242,7 @@ def _array(path: str, leaf: jax.ShapeDtypeStruct, pieces: Pieces, hosts: Collect
     read = lambda index: pieces[_name(path, index, leaf.shape)].view(leaf.dtype)  # noqa: E731
     return jax.make_array_from_callback(leaf.shape, leaf.sharding, read)
   mesh, spec = leaf.sharding.mesh, leaf.sharding.spec
-  split = {axis for part in spec if part for axis in ((part,) if isinstance(part, str) else part)}
+  split = {axis for part in spec for axis in axes_of(part)}
   copied = tuple(axis for axis in mesh.axis_names if axis not in split)
   copies = NamedSharding(mesh, PartitionSpec(copied, *spec))  # every device's copy apart, all but one of them zeros
   holders = _holders(leaf, hosts)

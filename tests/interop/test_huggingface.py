@@ -336,6 +336,7 @@ def test_the_command_line_there_and_back(tmp_path, capsys):
   assert 'copy hf/ from the MODEL_DIR' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('_clean')
 def test_two_hosts_write_one_model(tmp_path):
   tensors = theirs(tmp_path / 'theirs', 'mixtral')

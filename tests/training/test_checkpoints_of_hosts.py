@@ -90,5 +90,5 @@ def test_what_one_of_two_hosts_cannot_read_neither_takes(tmp_path):
   assert f'/{LAST} cannot be read on another host' in first[0] and 'a disk of this host' in second[0]
   assert first[1:3] == second[1:3] == ['TOOK 1 1 [1]', f'HAS [1, {LAST}]']
   assert len(list((tmp_path / 'run' / 'damaged_checkpoints').iterdir())) == 3
-  assert f'REFUSED ConfigError The checkpoint {tmp_path}/run/checkpoints/{LAST} does not do on another host' in first[3]
+  assert f'REFUSED ConfigError The checkpoint {tmp_path}/run/checkpoints/{LAST} is refused on another host' in first[3]
   assert 'is of another model' in second[3]

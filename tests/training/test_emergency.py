@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax import sharding
-from moe_jax.training.emergency import LocalCheckpoints
+from moe_jax.training.emergency import LocalCheckpoints, forget_local_checkpoints
 from moe_jax.training.state import TrainState
 from moe_jax.types import ConfigError
 from tests.training.test_checkpoints import Counter, flip
@@ -60,7 +60,6 @@ def restored(folder, mesh, after=None):
   local = LocalCheckpoints(str(folder / 'disk'), folder / 'run')
   found = local.restore(spec_of(state_at(0, mesh)), Counter, after)
   if found is None:
-    assert not list(local.directory.iterdir())
     return None
   state, iterator = found
   step = int(state.step)
@@ -104,6 +103,9 @@ def test_another_model_or_mesh_or_run_is_passed_over(tmp_path, mesh):
   shutil.copytree(tmp_path, tmp_path / 'copy')
   assert restored(tmp_path / 'copy', mesh(data=2, expert=4)) is None, 'another MODEL_DIR'
   assert restored(tmp_path, mesh(data=2, expert=2)) is None
+  assert restored(tmp_path, mesh(data=2, expert=4)) == 1, 'whoever asks in vain harms nothing'
+  forget_local_checkpoints(tmp_path / 'run')
+  assert restored(tmp_path, mesh(data=2, expert=4)) is None, 'the run has gone on without them'
 
 
 def test_a_run_that_ends_well_leaves_none(tmp_path, mesh):

@@ -71,9 +71,9 @@ class Device:
 
 
 def only_filled_rows_travel() -> bool:
-  """Whether the mesh has a ragged all-to-all: TPUs, but for v5e, whose compiler refuses it on a whole pod; no CPU."""
+  """Whether the mesh is of a kind that is known to have a ragged all-to-all: on a whole pod of v5e it is refused."""
   device = jax.sharding.get_abstract_mesh().abstract_device
-  return device is not None and device.platform == 'tpu' and device.device_kind != 'TPU v5 lite'
+  return device is not None and device.device_kind in ('TPU v5', 'TPU v6 lite')
 
 
 LocalJourney = Callable[[Device, Weights, Array, Plan], tuple[Array, Metrics]]
@@ -140,7 +140,8 @@ def _whole(weight: Array, names: tuple[str | None, ...], where: PartitionSpec, d
   """
   for axis, (name, entry) in enumerate(zip(names, where, strict=True)):
     if entry and name not in ('expert', 'expert_mlp'):
-      # Along the last axis the TPU compiler scatters no part below 256, and sums whole gradients on every device.
+      # The TPU compiler makes no reduce-scatter along the last axis with parts narrower than 256: it would sum the
+      # whole gradient on every device.
       weight = jax.lax.all_gather(weight.swapaxes(axis, 1), entry, axis=1, tiled=True).swapaxes(axis, 1)
   split = [axis for entry in where for axis in axes_of(entry)]
   return jax.lax.pcast(weight, tuple(axis for axis in differing if axis not in split), to='varying')
