@@ -67,22 +67,24 @@ def test_what_one_of_two_hosts_cannot_read_neither_takes(tmp_path):
     probe.bind(('localhost', 0))
     port = probe.getsockname()[1]
   begin = 'import sys; from tests.training.test_checkpoints_of_hosts import main; main(*sys.argv[1:])'
+  logs = [tmp_path / f'{process}.log' for process in range(2)]  # a pipe would fill up, and stop who writes
   both = [
     subprocess.Popen(
       [sys.executable, '-c', begin, str(port), str(process), str(tmp_path / 'run')],
       cwd=ROOT,
       env={**os.environ, 'PYTHONPATH': str(ROOT)},
-      stdout=subprocess.PIPE,
+      stdout=log.open('w'),
       stderr=subprocess.STDOUT,
-      text=True,
     )
-    for process in range(2)
+    for process, log in enumerate(logs)
   ]
   try:
-    said = [process.communicate(timeout=200)[0] for process in both]
+    for process in both:
+      process.wait(timeout=200)
   finally:
     for process in both:
       process.kill()
+  said = [log.read_text() for log in logs]
   assert [process.returncode for process in both] == [0, 0], '\n'.join(said)[-3000:]
   first, second = (
     [line for line in text.splitlines() if line.startswith(('SAID', 'TOOK', 'HAS', 'REF'))] for text in said
