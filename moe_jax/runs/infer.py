@@ -150,8 +150,10 @@ def generate(
   yield from decoded(compiled_decode(program, data, strategy, max_new_tokens), program, variables, data, prompts, seed)
 
 
-def compiled_decode(program: Program, data: Data, strategy: Strategy, max_new_tokens: int) -> Callable[..., Any]:
+def compiled_decode(program: Program, data: Data, strategy: Strategy | None, max_new_tokens: int) -> Callable[..., Any]:
   """The jitted `decode` of the program's model, for `decoded`."""
+  if strategy is None:  # as a run may have kept that wants no sample
+    raise ConfigError('STRATEGY=None chooses no tokens: give one, such as --gin.STRATEGY=@decode.Sampling().')
   options = {'max_new_tokens': max_new_tokens, 'strategy': strategy, 'eos_id': data.vocabulary().eos_id}
   return jax.jit(functools.partial(decode, program.objective.model, **options), out_shardings=program.everywhere)
 

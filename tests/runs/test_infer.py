@@ -75,6 +75,9 @@ def test_a_run_is_decoded_and_measured(run, capsys):
   folder, objective, data, program, state = run
   decode = partial(infer, str(folder), objective, data, DEVICES, max_new_tokens=4)
 
+  with pytest.raises(ConfigError, match=r'STRATEGY=None chooses no tokens: give one, such as'):
+    decode(strategy=None, prompts=PROMPTS)
+
   # Prompts: three on eight devices, each as it is alone.
   path = decode(strategy=GREEDY, prompts=PROMPTS, output=str(folder / 'out.jsonl'))
   assert path == folder / 'out.jsonl'
