@@ -1,11 +1,13 @@
 """When a run is taken to diverge."""
 
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
 
 from moe_jax.runs.roll_back import LossWatch
+from moe_jax.runs.train import go_back
 from moe_jax.types import ConfigError
 
 
@@ -45,3 +47,12 @@ def test_it_may_go_back_so_often():
     watch.count(12)
   with pytest.raises(ConfigError, match='ROLL_BACK=-1'):
     LossWatch(-1)
+
+
+def test_a_run_that_stops_for_its_losses_does_not_go_on_from_a_local_checkpoint_of_them():
+  checkpointer, local = mock.Mock(), mock.Mock()
+  checkpointer.all_steps.return_value = [7]
+  with pytest.raises(ConfigError, match='diverged at step 5, and no checkpoint is older'):
+    go_back(mock.Mock(), checkpointer, local, LossWatch(6.0), diverged_at=5)
+  local.clear.assert_called_once()
+  checkpointer.delete_after.assert_not_called()
