@@ -6,7 +6,6 @@ import pathlib
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import pytest
 
 from moe_jax.runs import hosts
 from moe_jax.types import ConfigError
+from tests.processes import free_port
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = {
@@ -35,9 +35,7 @@ FOREVER = 10**5
 
 def start(folder, processes, steps, **more):
   """A run as so many processes, with eight devices in all, and more bindings."""
-  with socket.socket() as probe:
-    probe.bind(('localhost', 0))
-    address = f'localhost:{probe.getsockname()[1]}'
+  address = f'localhost:{free_port()}'
   bindings = {**SMALL, 'MODEL_DIR': str(folder), 'TRAIN_STEPS': steps, 'FAKE_DEVICES': 8 // processes, **more}
   command = [sys.executable, 'run.py', '--gin_file=gin/experiments/quickstart.gin']
   command += [f'--gin.{name}={value!r}' for name, value in bindings.items()]

@@ -1,17 +1,12 @@
 """Two processes of four devices each compute what one process of eight does."""
 
 import functools
-import os
-import pathlib
-import socket
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[1]
+from tests.processes import join, run_two
 
 
 def one_step(dispatcher):
@@ -56,9 +51,7 @@ def dispatchers():
 
 def main(port, process, name, output):
   """What each of the two processes does."""
-  jax.config.update('jax_num_cpu_devices', 4)
-  jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-  jax.distributed.initialize(f'localhost:{port}', num_processes=2, process_id=int(process))
+  join(port, process, devices=4)
   assert (jax.device_count(), jax.local_device_count()) == (8, 4)
   result = one_step(dispatchers()[name])
   if process == '0':
@@ -67,29 +60,8 @@ def main(port, process, name, output):
 
 @pytest.mark.parametrize('name', ['all_to_all', 'ragged'])
 def test_two_processes(name, tmp_path):
-  with socket.socket() as probe:
-    probe.bind(('localhost', 0))
-    port = probe.getsockname()[1]
   output = tmp_path / 'result.npz'
-  command = [
-    sys.executable,
-    '-c',
-    'import sys; from tests.test_two_processes import main; main(*sys.argv[1:])',
-    str(port),
-  ]
-  environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
-  both = [
-    subprocess.Popen(
-      [*command, str(i), name, str(output)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    for i in range(2)
-  ]
-  try:
-    said = [process.communicate(timeout=300)[0].decode() for process in both]
-  finally:
-    for process in both:
-      process.kill()
-  assert [process.returncode for process in both] == [0, 0], '\n'.join(said)[-3000:]
+  run_two('tests.test_two_processes', tmp_path, name, str(output))
   expected = one_step(dispatchers()[name])
   with np.load(output) as actual:
     assert set(actual) == set(expected)

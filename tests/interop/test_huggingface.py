@@ -4,7 +4,6 @@ import collections
 import functools
 import json
 import shutil
-import socket
 import subprocess
 import sys
 
@@ -28,6 +27,7 @@ from moe_jax.moe.experts import Experts
 from moe_jax.moe.moe_layer import MoELayer
 from moe_jax.moe.routers.top_k import TopKRouter
 from moe_jax.types import ConfigError
+from tests.processes import free_port
 from tests.test_run import ROOT, _clean  # noqa: F401
 
 DECODER = {
@@ -342,11 +342,8 @@ def test_two_hosts_write_one_model(tmp_path):
   tensors = theirs(tmp_path / 'theirs', 'mixtral')
   ours, back = tmp_path / 'ours', tmp_path / 'back'
   for flags in (['--from=hf', f'--path={tmp_path / "theirs"}'], ['--to=hf', f'--path={back}']):
-    with socket.socket() as probe:
-      probe.bind(('localhost', 0))
-      port = probe.getsockname()[1]
     command = [sys.executable, 'run.py', '--run_mode=convert', *flags, f"--gin.MODEL_DIR='{ours}'"]
-    command += ['--gin.FAKE_DEVICES=2', f'--coordinator_address=localhost:{port}', '--num_processes=2']
+    command += ['--gin.FAKE_DEVICES=2', f'--coordinator_address=localhost:{free_port()}', '--num_processes=2']
     both = [
       subprocess.Popen([*command, f'--process_id={i}'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
       for i in range(2)

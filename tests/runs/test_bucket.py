@@ -2,13 +2,13 @@
 
 import json
 import logging
-import socket
 
 import gin
 import pytest
 
 import run
 from moe_jax.paths import to_path
+from tests.processes import free_port
 from tests.test_run import _clean, arguments  # noqa: F401 (a fixture)
 
 TIMING = ('step_seconds', 'tokens_per_second', 'goodput')
@@ -17,15 +17,12 @@ TIMING = ('step_seconds', 'tokens_per_second', 'goodput')
 @pytest.fixture
 def bucket(monkeypatch):
   """A bucket of an emulator, which all clients of Google Cloud Storage in this process take for the real one."""
-  monkeypatch.setenv(
-    'GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false'
-  )  # which the emulator does not know, and gcsfs asks when it is imported
+  # The emulator has no such buckets, and gcsfs asks for them when it is imported.
+  monkeypatch.setenv('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')
   why = 'pip install gcsfs gcp-storage-emulator'
   pytest.importorskip('gcsfs', reason=why)
   server = pytest.importorskip('gcp_storage_emulator.server', reason=why)
-  with socket.socket() as probe:
-    probe.bind(('localhost', 0))
-    port = probe.getsockname()[1]
+  port = free_port()
   for name in ('STORAGE_EMULATOR_HOST', 'TENSORSTORE_GCS_HTTP_URL'):
     monkeypatch.setenv(name, f'http://localhost:{port}')
   logging.getLogger('gcp_storage_emulator').setLevel(logging.CRITICAL)

@@ -1,10 +1,6 @@
 """Two hosts take the same checkpoint, whatever one of them cannot read."""
 
-import os
 import pathlib
-import socket
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -12,9 +8,9 @@ import numpy as np
 from moe_jax import sharding
 from moe_jax.training.checkpoints import Checkpointer
 from moe_jax.types import ConfigError, Damaged
+from tests.processes import join, run_two
 from tests.training.test_checkpoints import RULES, Counter, prepare
 
-ROOT = pathlib.Path(__file__).parents[2]
 LAST = 4
 
 
@@ -31,9 +27,7 @@ class Unreadable(Counter):
 
 def main(port, process, folder):
   """What each of the two processes does."""
-  jax.config.update('jax_num_cpu_devices', 2)
-  jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-  jax.distributed.initialize(f'localhost:{port}', num_processes=2, process_id=int(process))
+  join(port, process, devices=2)
   folder = pathlib.Path(folder)
   mesh = sharding.make_mesh({'data': 1, 'expert': 4, 'model': 1})
   make_state, spec = prepare(mesh)
@@ -63,29 +57,7 @@ def main(port, process, folder):
 
 
 def test_what_one_of_two_hosts_cannot_read_neither_takes(tmp_path):
-  with socket.socket() as probe:
-    probe.bind(('localhost', 0))
-    port = probe.getsockname()[1]
-  begin = 'import sys; from tests.training.test_checkpoints_of_hosts import main; main(*sys.argv[1:])'
-  logs = [tmp_path / f'{process}.log' for process in range(2)]  # a pipe would fill up, and stop who writes
-  both = [
-    subprocess.Popen(
-      [sys.executable, '-c', begin, str(port), str(process), str(tmp_path / 'run')],
-      cwd=ROOT,
-      env={**os.environ, 'PYTHONPATH': str(ROOT)},
-      stdout=log.open('w'),
-      stderr=subprocess.STDOUT,
-    )
-    for process, log in enumerate(logs)
-  ]
-  try:
-    for process in both:
-      process.wait(timeout=200)
-  finally:
-    for process in both:
-      process.kill()
-  said = [log.read_text() for log in logs]
-  assert [process.returncode for process in both] == [0, 0], '\n'.join(said)[-3000:]
+  said = run_two('tests.training.test_checkpoints_of_hosts', tmp_path, str(tmp_path / 'run'))
   first, second = (
     [line for line in text.splitlines() if line.startswith(('SAID', 'TOOK', 'HAS', 'REF'))] for text in said
   )

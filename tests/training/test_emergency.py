@@ -4,9 +4,6 @@ import json
 import os
 import pathlib
 import shutil
-import socket
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +15,8 @@ from moe_jax import sharding
 from moe_jax.training.emergency import LocalCheckpoints, forget_local_checkpoints
 from moe_jax.training.state import TrainState
 from moe_jax.types import ConfigError
+from tests.processes import join, run_two
 from tests.training.test_checkpoints import Counter, flip
-
-ROOT = pathlib.Path(__file__).parents[2]
 
 
 def state_at(step, mesh):
@@ -137,9 +133,7 @@ def test_where_it_cannot_be(tmp_path):
 
 def main(port, process, folder):
   """What each of two processes does."""
-  jax.config.update('jax_num_cpu_devices', 4)
-  jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-  jax.distributed.initialize(f'localhost:{port}', num_processes=2, process_id=int(process))
+  join(port, process, devices=4)
   slices = sharding.make_mesh({'replica': 2, 'data': 1, 'expert': 4})
   split = sharding.make_mesh({'data': 2, 'expert': 4})
   lose = {
@@ -165,23 +159,7 @@ def flip_all(folder):
 
 
 def test_two_hosts_agree(tmp_path):
-  with socket.socket() as probe:
-    probe.bind(('localhost', 0))
-    port = probe.getsockname()[1]
-  script = 'import sys; from tests.training.test_emergency import main; main(*sys.argv[1:])'
-  environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
-  both = [
-    subprocess.Popen(
-      [sys.executable, '-c', script, str(port), str(i), str(tmp_path)],
-      cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )
-    for i in range(2)
-  ]  # fmt: skip
-  try:
-    said = [process.communicate(timeout=120)[0] for process in both]
-  finally:
-    for process in both:
-      process.kill()
+  said = run_two('tests.training.test_emergency', tmp_path, str(tmp_path))
   for text in said:
     lines = [line for line in text.splitlines() if line.startswith('FOUND')]
     assert lines, '\n'.join(said)[-4000:]
