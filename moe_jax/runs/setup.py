@@ -41,6 +41,7 @@ class Devices:
     fake_devices: how many devices each process pretends to have on a CPU; None, or any other platform, takes what is
       there.
     topology: of a TPU to compile for instead, see `chips.topology_devices`; nothing can run on it.
+    tpu_options: of XLA's compiler for TPUs, for the training step: flag -> value. Other platforms do not have them.
   """
 
   mesh: Mapping[str, int]
@@ -48,6 +49,7 @@ class Devices:
   num_experts: int = 0
   fake_devices: int | None = None
   topology: str | None = None
+  tpu_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   def make_mesh(self) -> Mesh:
     """Starts JAX's backend, if this process has not, and lays out its devices.
@@ -147,6 +149,7 @@ class Program:
     state_spec: shapes and shardings of the training state.
     make_state: makes the first state in place.
     transform: the optimizer.
+    compiler_options: of the training step.
   """
 
   objective: Objective
@@ -156,6 +159,7 @@ class Program:
   state_spec: TrainState
   make_state: Callable[[], TrainState]
   transform: optax.GradientTransformation
+  compiler_options: Mapping[str, str]
 
   def activate(self) -> AbstractContextManager[None]:
     """Enters the mesh and its rules."""
@@ -186,6 +190,7 @@ def compiled_step(
     functools.partial(train_step, objective=objective, transform=program.transform, **options),
     donate_argnums=0,
     out_shardings=(jax.tree.map(lambda x: x.sharding, program.state_spec), program.everywhere),
+    compiler_options=dict(program.compiler_options),
   )
 
 
@@ -214,7 +219,8 @@ def build(
           ' change TASK_FEATURE_LENGTHS, or MESH.'
         )
     make_state, state_spec, transform = init_state(objective, optimizer, spec, mesh, seed)
-  return Program(objective, mesh, devices.axis_rules, spec, state_spec, make_state, transform)
+  options = devices.tpu_options if mesh.devices.flat[0].platform == 'tpu' else {}
+  return Program(objective, mesh, devices.axis_rules, spec, state_spec, make_state, transform, options)
 
 
 def use_compilation_cache(folder: str | None) -> None:
