@@ -40,7 +40,10 @@ def count_flops(function: Callable[..., Any], *args: Any) -> int:
     function: traced, not run.
     args: arrays or `ShapeDtypeStruct`s.
   """
-  return sum(_count(jax.make_jaxpr(function)(*args).jaxpr).values())
+  jitted = (
+    function if hasattr(function, 'trace') else jax.jit(function)
+  )  # one with compiler options cannot be in another
+  return sum(_count(jitted.trace(*args).jaxpr.jaxpr).values())
 
 
 def _count(jaxpr: Any, part: str = 'other') -> Counter[str]:

@@ -130,7 +130,7 @@ def train(
   say('bytes per device: ' + ', '.join(f'{name} {size:,}' for name, size in summary['bytes_per_device'].items()))
   if dry_run:
     with program.activate():  # traces the whole step, where what does not fit shows
-      jax.eval_shape(compiled_step(program, objective, microbatches), program.state_spec, program.batch_spec)
+      compiled_step(program, objective, microbatches).eval_shape(program.state_spec, program.batch_spec)
     return summary
 
   folder, main = open_model_dir(model_dir), jax.process_index() == 0

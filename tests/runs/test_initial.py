@@ -34,7 +34,7 @@ def program(mesh, seed=0, **options):
   objective = LanguageModeling(tiny.decoder_only(router=BiasBalancedRouter, **options))
   with sharding.activate(mesh, RULES):
     made = init_state(objective, lambda axes: optax.adam(0.1), spec, mesh, seed)
-  return Program(objective, mesh, RULES, spec, made[1], made[0], made[2])
+  return Program(objective, mesh, RULES, spec, made[1], made[0], made[2], {})
 
 
 def save(folder, mesh, **options):
