@@ -159,7 +159,7 @@ def on_tpu(flags: argparse.Namespace) -> Iterator[Row]:
       bare = 0.0
       with mesh(sizes, devices):
         for name, program in programs(shape, flags.dispatchers, dense=False):
-          compiled = program.compile()
+          compiled = program.compile(dict(flags.tpu_options))
           ops = operations(compiled.as_text())
           matmul, other = (1e3 * cycles(ops, matmul=m) / chip.clock for m in (True, False))
           bare = bare or matmul + other
@@ -205,6 +205,13 @@ def main() -> None:
   parser.add_argument('--cases', nargs='+', help='only those whose names begin so')
   parser.add_argument('--meshes', nargs='+', type=lambda text: tuple(map(int, text.split('x'))), help='such as 4x64x1')
   parser.add_argument('--topology', default='v5e:16x16', help='such as v5p:8x8x4')
+  parser.add_argument(
+    '--tpu_options',
+    nargs='*',
+    type=lambda text: text.split('='),
+    default=[('xla_tpu_scoped_vmem_limit_kib', '32768')],  # as gin/runs/setup.gin
+    help='of XLA, NAME=VALUE; none: all as XLA has it',
+  )
   parser.add_argument('--rounds', type=int, default=5)
   parser.add_argument('--json', type=pathlib.Path, help='where to write the rows too')
   flags = parser.parse_args()

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -59,9 +59,9 @@ class Program:
   arguments: tuple[Any, ...]
   out_shardings: Any
 
-  def compile(self) -> jax.stages.Compiled:
+  def compile(self, options: Mapping[str, str] | None = None) -> jax.stages.Compiled:
     """For the devices of the arguments' shardings."""
-    return jax.jit(self.function, out_shardings=self.out_shardings).lower(*self.arguments).compile()
+    return jax.jit(self.function, out_shardings=self.out_shardings).lower(*self.arguments).compile(options)
 
 
 def square(y: jax.Array) -> jax.Array:
