@@ -11,6 +11,7 @@ import functools
 import importlib
 import json
 import pathlib
+import re
 import statistics
 import sys
 import time
@@ -160,7 +161,7 @@ def on_tpu(flags: argparse.Namespace) -> Iterator[Row]:
       with mesh(sizes, devices):
         for name, program in programs(shape, flags.dispatchers, dense=False):
           compiled = program.compile(dict(flags.tpu_options))
-          ops = operations(compiled.as_text())
+          ops = operations(text := compiled.as_text())
           matmul, other = (1e3 * cycles(ops, matmul=m) / chip.clock for m in (True, False))
           bare = bare or matmul + other
           yield {
@@ -170,10 +171,22 @@ def on_tpu(flags: argparse.Namespace) -> Iterator[Row]:
             'matmul_ms': matmul,
             'other_ms': other,
             'ratio': (matmul + other) / bare,
+            'beside_ms': 1e3 * beside_transfers(text) / chip.clock,
             'uncosted_ms': 1e3 * uncosted_bytes(ops) / chip.memory_speed,
             'temporary_mib': compiled.memory_analysis().temp_size_in_bytes / 2**20,
             'collectives': ', '.join(f'{op.kind} {op.wire_bytes / 2**20:.1f}/{op.ways}' for op in collectives(ops)),
           }
+
+
+def beside_transfers(text: str) -> int:
+  """Cycles of what the compiler has scheduled between the start and the end of collective permutes."""
+  flying = found = 0
+  for line in text[text.index('\nENTRY') :].splitlines():
+    if started := re.search(r' collective-permute-(start|done)\(', line):
+      flying += 1 if started[1] == 'start' else -1
+    elif flying and (cost := re.search(r'"estimated_cycles":"(\d+)"', line)):
+      found += int(cost[1])
+  return found
 
 
 # ---- Tell -----------------------------------------------------------------------------------------------------------
