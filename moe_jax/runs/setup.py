@@ -200,7 +200,7 @@ def build(
   """Builds everything but the data, from shapes alone.
 
   Raises:
-    ConfigError: if batch, experts or weights do not divide over the mesh.
+    ConfigError: if batch, experts or weights do not divide over the mesh, or the compiler lacks an option.
   """
   mesh = devices.make_mesh()
   with sharding.activate(mesh, devices.axis_rules):
@@ -219,8 +219,20 @@ def build(
           ' change TASK_FEATURE_LENGTHS, or MESH.'
         )
     make_state, state_spec, transform = init_state(objective, optimizer, spec, mesh, seed)
-  options = devices.tpu_options if mesh.devices.flat[0].platform == 'tpu' else {}
+  options = _known_options(devices.tpu_options, mesh)
   return Program(objective, mesh, devices.axis_rules, spec, state_spec, make_state, transform, options)
+
+
+def _known_options(options: Mapping[str, str], mesh: Mesh) -> Mapping[str, str]:
+  """Those of the compiler for TPUs where it is for TPUs, after a trial of them on nothing."""
+  if not options or mesh.devices.flat[0].platform != 'tpu':
+    return {}
+  nothing = jax.jit(lambda: 0, out_shardings=NamedSharding(mesh, PartitionSpec()), compiler_options=dict(options))
+  try:
+    nothing.lower().compile()
+  except jax.errors.JaxRuntimeError as error:
+    raise ConfigError(f'TPU_OPTIONS={dict(options)}: {str(error).splitlines()[0]}') from error
+  return options
 
 
 def use_compilation_cache(folder: str | None) -> None:

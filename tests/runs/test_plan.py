@@ -1,13 +1,16 @@
 """Plans: what they say of known programs, on pretended CPU devices and, where the compiler is there, on TPUs."""
 
+import dataclasses
 import json
 
+import gin
 import jax
 import pytest
 from rich.console import Console
 
 import run
 from moe_jax.runs import plan, plan_page
+from moe_jax.runs.setup import build, compiled_step
 from moe_jax.types import ConfigError
 
 QUICKSTART = ['--debug', '--run_mode=plan', '--gin_file=gin/experiments/quickstart.gin']
@@ -151,6 +154,22 @@ def test_a_plan_for_a_tpu(tmp_path, tpu):
   big = {c['kind'] for c in result['collectives'] if c['axis'] == 'expert' and c['wire_bytes'] > 1000}
   assert big == {'all-to-all'}  # tokens travel so, and no other way
   assert any(op['line'].startswith('moe_jax/') for op in result['top_operations'])
+
+
+def test_options_that_the_compiler_lacks_get_one_line(tmp_path, tpu, capsys):
+  del tpu
+  more = ["--gin.TOPOLOGY='v5e:2x2'", "--gin.TPU_OPTIONS={'xla_tpu_no_such': '1'}"]
+  test_bad_wishes_get_one_line(tmp_path, capsys, more, "'xla_tpu_no_such'")
+
+
+def test_options_reach_the_compiler():
+  run.parse_gin('plan', ['gin/experiments/quickstart.gin'], [], ['.'])
+  bound = gin.get_bindings(plan.plan)
+  program = build(bound['objective'], bound['optimizer'], bound['data'], bound['devices'])
+  assert not program.compiler_options, 'those of TPUs are for TPUs'
+  step = compiled_step(dataclasses.replace(program, compiler_options={'xla_no_such': '1'}), bound['objective'])
+  with program.activate(), pytest.raises(jax.errors.JaxRuntimeError, match='xla_no_such'):
+    step.lower(program.state_spec, program.batch_spec).compile()
 
 
 def test_a_plan_that_does_not_fit_a_tpu(tmp_path, tpu):
