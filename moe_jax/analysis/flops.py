@@ -4,7 +4,7 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -33,17 +33,13 @@ class ForwardFlops(NamedTuple):
     return sum(self.by_part.values())
 
 
-def count_flops(function: Callable[..., Any], *args: Any) -> int:
+def count_flops(traced: jax.stages.Traced) -> int:
   """Of one call, over all devices; a multiplication and an addition are two. What is recomputed counts again.
 
   Args:
-    function: traced, not run.
-    args: arrays or `ShapeDtypeStruct`s.
+    traced: `jax.jit(f).trace(*args)`, of arrays or `ShapeDtypeStruct`s.
   """
-  jitted = (
-    function if hasattr(function, 'trace') else jax.jit(function)
-  )  # one with compiler options cannot be in another
-  return sum(_count(jitted.trace(*args).jaxpr.jaxpr).values())
+  return sum(_count(traced.jaxpr.jaxpr).values())
 
 
 def _count(jaxpr: Any, part: str = 'other') -> Counter[str]:

@@ -77,6 +77,7 @@ def plan(
       function, args = compiled_step(program, objective, microbatches, trainable), (program.state_spec, _batch(program))
     else:
       function, args = decode_step(program, max_new_tokens)
+    traced = function.trace(*args)
     forward = trace_forward(objective.model, program.batch_spec)
     count = count_parameters(forward)
     piece = jax.tree.map(
@@ -101,7 +102,7 @@ def plan(
         'dispatch_buffers': dispatch_bytes(micro.exchanges) if step == 'train' else None,
         'total': None,
       },
-      'flops': count_flops(function, *args) // mesh.size,
+      'flops': count_flops(traced) // mesh.size,
       'mfu': None,
       'mfu_serial': None,
     }
@@ -109,7 +110,7 @@ def plan(
     say(f'{result["topology"]}: {mesh.size} devices, mesh {program.mesh_axes}')
     started = time.perf_counter()
     with compiling(f'compiling the {step} step'):
-      lowered = function.lower(*args)
+      lowered = traced.lower()
       try:
         compiled = lowered.compile()
       except jax.errors.JaxRuntimeError as error:
@@ -197,9 +198,9 @@ def wanted_bytes(error: Exception, kept: int) -> dict[str, int]:
     ConfigError: if it failed for another reason.
   """
   message = str(error)
-  if 'RESOURCE_EXHAUSTED' not in message:
+  if 'RESOURCE_EXHAUSTED' not in message or ' vmem' in message:  # which is no matter of what lives on the device
     raise ConfigError(f'The compiler refuses this program: {message.splitlines()[0]}') from error
-  if found := re.search(r'Used ([\d.]+)([KMGT]?) of', message):
+  if found := re.search(r'Used ([\d.]+)([KMGT]?) of \S+ hbm', message):
     return {'total': _read_size(*found.groups())}
   if found := re.search(r'temporaries \(([\d.]+)([KMGT]?)\) exceed', message):
     temporaries = _read_size(*found.groups())

@@ -16,7 +16,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe_jax import sharding
-from moe_jax.analysis.chips import topology_devices
+from moe_jax.analysis.chips import chip_of, topology_devices
 from moe_jax.batch import batch_spec
 from moe_jax.notices import notice
 from moe_jax.objectives import LanguageModeling, Objective
@@ -41,7 +41,8 @@ class Devices:
     fake_devices: how many devices each process pretends to have on a CPU; None, or any other platform, takes what is
       there.
     topology: of a TPU to compile for instead, see `chips.topology_devices`; nothing can run on it.
-    tpu_options: of XLA's compiler for TPUs, for the training step: flag -> value. Other platforms do not have them.
+    tpu_options: of XLA for TPUs, for the training step, flag -> value; None: those that suit the chip, see
+      `chips.CHIPS`. Other platforms do without.
   """
 
   mesh: Mapping[str, int]
@@ -49,7 +50,7 @@ class Devices:
   num_experts: int = 0
   fake_devices: int | None = None
   topology: str | None = None
-  tpu_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  tpu_options: Mapping[str, str] | None = None
 
   def make_mesh(self) -> Mesh:
     """Starts JAX's backend, if this process has not, and lays out its devices.
@@ -219,20 +220,27 @@ def build(
           ' change TASK_FEATURE_LENGTHS, or MESH.'
         )
     make_state, state_spec, transform = init_state(objective, optimizer, spec, mesh, seed)
-  options = _known_options(devices.tpu_options, mesh)
+  options = _compiler_options(mesh, devices.tpu_options)
   return Program(objective, mesh, devices.axis_rules, spec, state_spec, make_state, transform, options)
 
 
-def _known_options(options: Mapping[str, str], mesh: Mesh) -> Mapping[str, str]:
-  """Those of the compiler for TPUs where it is for TPUs, after a trial of them on nothing."""
-  if not options or mesh.devices.flat[0].platform != 'tpu':
+def _compiler_options(mesh: Mesh, wanted: Mapping[str, str] | None) -> Mapping[str, str]:
+  """See `Devices.tpu_options`. What is asked for is tried on a program that does nothing.
+
+  Raises:
+    ConfigError: if the compiler has no such option.
+  """
+  if wanted is None:
+    chip = chip_of(mesh.devices.flat[0])
+    return chip.options if chip else {}
+  if not wanted or mesh.devices.flat[0].platform != 'tpu':
     return {}
-  nothing = jax.jit(lambda: 0, out_shardings=NamedSharding(mesh, PartitionSpec()), compiler_options=dict(options))
+  everywhere = NamedSharding(mesh, PartitionSpec())
   try:
-    nothing.lower().compile()
+    jax.jit(lambda: 0, out_shardings=everywhere, compiler_options=dict(wanted)).lower().compile()
   except jax.errors.JaxRuntimeError as error:
-    raise ConfigError(f'TPU_OPTIONS={dict(options)}: {str(error).splitlines()[0]}') from error
-  return options
+    raise ConfigError(f'TPU_OPTIONS, of which None takes what suits the chip: {str(error).splitlines()[0]}') from error
+  return wanted
 
 
 def use_compilation_cache(folder: str | None) -> None:

@@ -11,7 +11,6 @@ import functools
 import importlib
 import json
 import pathlib
-import re
 import statistics
 import sys
 import time
@@ -160,8 +159,8 @@ def on_tpu(flags: argparse.Namespace) -> Iterator[Row]:
       bare = 0.0
       with mesh(sizes, devices):
         for name, program in programs(shape, flags.dispatchers, dense=False):
-          compiled = program.compile(dict(flags.tpu_options))
-          ops = operations(text := compiled.as_text())
+          compiled = program.compile(dict(chip.options))
+          ops = operations(compiled.as_text())
           matmul, other = (1e3 * cycles(ops, matmul=m) / chip.clock for m in (True, False))
           bare = bare or matmul + other
           yield {
@@ -171,22 +170,10 @@ def on_tpu(flags: argparse.Namespace) -> Iterator[Row]:
             'matmul_ms': matmul,
             'other_ms': other,
             'ratio': (matmul + other) / bare,
-            'beside_ms': 1e3 * beside_transfers(text) / chip.clock,
             'uncosted_ms': 1e3 * uncosted_bytes(ops) / chip.memory_speed,
             'temporary_mib': compiled.memory_analysis().temp_size_in_bytes / 2**20,
             'collectives': ', '.join(f'{op.kind} {op.wire_bytes / 2**20:.1f}/{op.ways}' for op in collectives(ops)),
           }
-
-
-def beside_transfers(text: str) -> int:
-  """Cycles of what the compiler has scheduled between the start and the end of collective permutes."""
-  flying = found = 0
-  for line in text[text.index('\nENTRY') :].splitlines():
-    if started := re.search(r' collective-permute-(start|done)\(', line):
-      flying += 1 if started[1] == 'start' else -1
-    elif flying and (cost := re.search(r'"estimated_cycles":"(\d+)"', line)):
-      found += int(cost[1])
-  return found
 
 
 # ---- Tell -----------------------------------------------------------------------------------------------------------
@@ -218,13 +205,6 @@ def main() -> None:
   parser.add_argument('--cases', nargs='+', help='only those whose names begin so')
   parser.add_argument('--meshes', nargs='+', type=lambda text: tuple(map(int, text.split('x'))), help='such as 4x64x1')
   parser.add_argument('--topology', default='v5e:16x16', help='such as v5p:8x8x4')
-  parser.add_argument(
-    '--tpu_options',
-    nargs='*',
-    type=lambda text: text.split('='),
-    default=[('xla_tpu_scoped_vmem_limit_kib', '32768')],  # as gin/runs/setup.gin
-    help='of XLA, NAME=VALUE; none: all as XLA has it',
-  )
   parser.add_argument('--rounds', type=int, default=5)
   parser.add_argument('--json', type=pathlib.Path, help='where to write the rows too')
   flags = parser.parse_args()

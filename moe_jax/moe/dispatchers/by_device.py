@@ -53,13 +53,6 @@ class Device:
     y = jnp.zeros_like(x[0])
     return jax.lax.ragged_all_to_all(x[0], y, buffers, sent, mine, received, axis_name=self.expert_axis)[None]
 
-  def shift(self, x: Array, distance: int) -> Array:
-    """What the device has that comes so far before this one, around the expert axis."""
-    if distance % self.experts == 0:
-      return x
-    pairs = [(i, (i + distance) % self.experts) for i in range(self.experts)]
-    return jax.lax.ppermute(x, self.expert_axis, pairs)
-
   def whole_rows(self, x: Array) -> Array:
     """[..., M / m] -> [..., M], before the experts."""
     if not self.split_rows:
