@@ -298,8 +298,9 @@ def search(
     try:
       tried.append({**again(candidate), 'candidate': dict(candidate)})
     except ConfigError as error:
-      say(str(error))
-      tried.append({'candidate': dict(candidate), 'error': str(error)})
+      reason, *_ = str(error).splitlines()  # gin says below in which call
+      say(reason)
+      tried.append({'candidate': dict(candidate), 'error': reason})
 
   def best() -> dict[str, Any]:
     return min(tried, key=rank)
