@@ -19,6 +19,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 FOLDER = ROOT / 'gin'
 EXPERIMENTS = sorted(FOLDER.glob('experiments/*.gin'))
 KINDS = 'routers', 'experts', 'dispatchers', 'meshes', 'optimizers'
+MODELS = sorted(FOLDER.glob('models/*/*.gin'))
 CHOICES = sorted(path for kind in KINDS for path in FOLDER.glob(f'{kind}/*.gin'))
 
 
@@ -98,6 +99,14 @@ def test_every_choice_goes_with_the_quickstart(choice):
 @pytest.mark.parametrize('choice', CHOICES, ids=lambda path: str(path.relative_to(FOLDER).with_suffix('')))
 def test_every_choice_takes_a_step_at_toy_size(choice):
   toy('quickstart', choice)
+  take_two_steps()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('model', MODELS, ids=lambda path: path.stem)
+def test_every_model_takes_a_step_at_toy_size(model):
+  base = {'decoder_only': 'quickstart', 'encoder_decoder': 'st_moe_tiny'}[model.parent.name]
+  toy(base, model, 'tests/toy.gin')
   take_two_steps()
 
 

@@ -160,7 +160,7 @@ def test_a_plan_for_a_tpu(tmp_path, tpu):
 
 def test_options_that_the_compiler_lacks_get_one_line(tmp_path, tpu):
   del tpu
-  with pytest.raises(ConfigError, match=r"TPU_OPTIONS.*No such compile option: 'xla_tpu_no_such'$"):
+  with pytest.raises(ConfigError, match=r"TPU_OPTIONS.*No such compile option: 'xla_tpu_no_such'"):
     planned(tmp_path, "--gin.TOPOLOGY='v5e:2x2'", "--gin.TPU_OPTIONS={'xla_tpu_no_such': '1'}")
 
 
