@@ -105,8 +105,8 @@ def test_every_choice_takes_a_step_at_toy_size(choice):
 @pytest.mark.slow
 @pytest.mark.parametrize('model', MODELS, ids=lambda path: path.stem)
 def test_every_model_takes_a_step_at_toy_size(model):
-  base = {'decoder_only': 'quickstart', 'encoder_decoder': 'st_moe_tiny'}[model.parent.name]
-  toy(base, model, 'tests/toy.gin')
+  experiment = {'decoder_only': 'quickstart', 'encoder_decoder': 'st_moe_tiny'}[model.parent.name]
+  toy(experiment, model, 'gin/routers/top_2.gin', 'gin/at_scale.gin', 'gin/optimizers/adafactor.gin', 'tests/toy.gin')
   take_two_steps()
 
 
