@@ -44,8 +44,8 @@ class Chip:
   options: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-# Matmuls may use twice as much of the memory on chip as XLA gives them there: their windows are larger, and steps take
-# up to a seventh fewer cycles (tests/benchmarks). XLA gives as much on v6e, and cannot use more on v4.
+# Matmuls may use 32 MiB of the memory on chip, more than XLA gives them by itself: their windows are larger, and steps
+# take up to a seventh fewer cycles (tests/benchmarks). On v4 and v6e it changes nothing.
 WIDE = {'xla_tpu_scoped_vmem_limit_kib': '32768'}
 
 CHIPS = {  # by `jax.Device.device_kind`

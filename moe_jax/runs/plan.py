@@ -198,7 +198,7 @@ def wanted_bytes(error: Exception, kept: int) -> dict[str, int]:
     ConfigError: if it failed for another reason.
   """
   message = str(error)
-  if 'RESOURCE_EXHAUSTED' not in message or ' vmem' in message:  # which is no matter of what lives on the device
+  if 'RESOURCE_EXHAUSTED' not in message or 'memory space vmem' in message:  # on the chip
     raise ConfigError(f'The compiler refuses this program: {message.splitlines()[0]}') from error
   if found := re.search(r'Used ([\d.]+)([KMGT]?) of \S+ hbm', message):
     return {'total': _read_size(*found.groups())}

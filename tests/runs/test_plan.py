@@ -77,7 +77,7 @@ def test_what_does_not_fit_is_said_with_what_would_help():
   assert plan.wanted_bytes(error, kept=7) == {'temporaries': 24 * 2**20, 'total': 24 * 2**20 + 7}
   assert plan.wanted_bytes(RuntimeError('RESOURCE_EXHAUSTED: who knows'), kept=7) == {}
   with pytest.raises(ConfigError, match='refuses this program: RESOURCE_EXHAUSTED'):  # of memory on the chip
-    plan.wanted_bytes(RuntimeError('RESOURCE_EXHAUSTED: Used 32.42M of 16.00M vmem.'), kept=7)
+    plan.wanted_bytes(RuntimeError('RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem.'), kept=7)
   with pytest.raises(ConfigError, match='The compiler refuses this program: UNIMPLEMENTED'):
     plan.wanted_bytes(RuntimeError('UNIMPLEMENTED: no such thing'), kept=7)
   result = {
