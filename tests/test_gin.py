@@ -20,6 +20,7 @@ FOLDER = ROOT / 'gin'
 EXPERIMENTS = sorted(FOLDER.glob('experiments/*.gin'))
 KINDS = 'routers', 'experts', 'dispatchers', 'meshes', 'optimizers'
 MODELS = sorted(FOLDER.glob('models/*/*.gin'))
+TASKS = sorted(FOLDER.glob('tasks/*.gin'))
 CHOICES = sorted(path for kind in KINDS for path in FOLDER.glob(f'{kind}/*.gin'))
 
 
@@ -107,6 +108,13 @@ def test_every_choice_takes_a_step_at_toy_size(choice):
 def test_every_model_takes_a_step_at_toy_size(model):
   experiment = {'decoder_only': 'quickstart', 'encoder_decoder': 'st_moe_tiny'}[model.parent.name]
   toy(experiment, model, 'gin/routers/top_2.gin', 'gin/at_scale.gin', 'gin/optimizers/adafactor.gin', 'tests/toy.gin')
+  take_two_steps()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('task', TASKS, ids=lambda path: path.stem)
+def test_every_task_has_what_a_step_takes(task):
+  toy('st_moe_tiny' if 'encoder-decoder' in task.read_text() else 'quickstart', task)
   take_two_steps()
 
 
