@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from moe_jax.moe.slots import SlotMap, fill, read, slot_map
+from moe_jax.moe.slots import SlotMap, fill, read_deferred, slot_map, slot_weights
 from moe_jax.types import Array, ConfigError, Dtype
 
 
@@ -83,8 +83,15 @@ class RoutingPlan:
     return slots.reshape(len(slots), self.num_experts, self.capacity, -1)
 
   def read(self, slots: Array) -> Array:
-    """What comes home, by gathers: float[G, E, C, M] -> float[G, S, M], the choices of each token by weight."""
-    return read(slots.reshape(len(slots), -1, slots.shape[-1]), self.combine_weight, self._map)
+    """What comes home, by gathers: float[G, E, C, M] -> float[G, S, M], the choices of each token by weight.
+
+    Gradients go back without `gradient_weight`, which is left to who computed the answers.
+    """
+    return read_deferred(slots.reshape(len(slots), -1, slots.shape[-1]), self.combine_weight, self._map)
+
+  def gradient_weight(self) -> Array:
+    """float32[G, E, C], the combine weight of the choice in each slot; 0 where it is empty."""
+    return slot_weights(self.combine_weight, self._map).reshape(-1, self.num_experts, self.capacity)
 
   @property
   def _map(self) -> SlotMap:
@@ -202,6 +209,10 @@ class SoftRoutingPlan:
     """As `RoutingPlan.read`, by an einsum."""
     return jnp.einsum('gsec,gecm->gsm', self.combine_array(slots.dtype), slots)
 
+  def gradient_weight(self) -> Array:
+    """As `RoutingPlan.gradient_weight`; `read` leaves nothing to weigh."""
+    return jnp.ones_like(self.combine[:, 0])
+
 
 class Plan(Protocol):
   """What dispatchers need of a plan: to fill buffers and to read them, either way as it likes or by one-hot arrays."""
@@ -218,6 +229,7 @@ class Plan(Protocol):
   def combine_array(self, dtype: Dtype) -> Array: ...
   def fill(self, tokens: Array) -> Array: ...
   def read(self, slots: Array) -> Array: ...
+  def gradient_weight(self) -> Array: ...
 
 
 def assign_slots(expert_index: Array, num_experts: int, valid: Array, priority: Array | None = None) -> Array:

@@ -59,31 +59,56 @@ def _fill_backward(where: SlotMap, gradient: Array) -> tuple[Array, None]:
   return _weighed(_by_choice(gradient, where), where.seated.astype(jnp.float32), where), None
 
 
-@jax.custom_vjp
 def read(slots: Array, weights: Array, where: SlotMap) -> Array:
   """The sum of a token's choices by weight: float[G, N, M], float32[G, S, K] -> float[G, S, M]."""
+  return read_deferred(weigh_gradient(slots, slot_weights(weights, where)), weights, where)
+
+
+@jax.custom_vjp
+def read_deferred(slots: Array, weights: Array, where: SlotMap) -> Array:
+  """As `read`, but gradients come to the slots without weights.
+
+  Who computed what is in the slots multiplies them by `slot_weights`: matmuls do it on the way, and on TPUs a pass over
+  all rows is saved.
+  """
   return _read_forward(slots, weights, where)[0]
 
 
-def _read_forward(slots: Array, weights: Array, where: SlotMap) -> tuple[Array, tuple[Array, Array, SlotMap]]:
-  rows, weights = _by_choice(slots, where), jnp.where(where.seated, weights, 0)
-  return _weighed(rows, weights, where), (rows, weights, where)
+def _read_forward(slots: Array, weights: Array, where: SlotMap) -> tuple[Array, tuple[Array, SlotMap]]:
+  rows = _by_choice(slots, where)
+  return _weighed(rows, jnp.where(where.seated, weights, 0), where), (rows, where)
 
 
-def _read_backward(saved: tuple[Array, Array, SlotMap], gradient: Array) -> tuple[Array, Array, None]:
-  rows, weights, where = saved
-  sent = _rows(gradient, where.token_of_slot)
-  to_slots = _seat(weights, where)[..., None].astype(gradient.dtype) * sent
+def _read_backward(saved: tuple[Array, SlotMap], gradient: Array) -> tuple[Array, Array, None]:
+  rows, where = saved
+  to_slots = _rows(gradient, where.token_of_slot)
   if where.crowded:
-    dots = _dots('gnm,gnm->gn', sent, rows)
+    dots = _dots('gnm,gnm->gn', to_slots, rows)
     dots = jnp.take_along_axis(dots[:, None], where.slot_of_choice, axis=2, mode='clip')
   else:
     dots = jnp.stack([_dots('gsm,gsm->gs', gradient, rows[:, k]) for k in range(rows.shape[1])], -1)
   return to_slots, jnp.where(where.seated, dots, 0), None
 
 
+def slot_weights(weights: Array, where: SlotMap) -> Array:
+  """Of each slot's choice, without a gradient: float32[G, S, K] -> float32[G, N]; 0 where the slot is empty."""
+  return _seat(jax.lax.stop_gradient(weights), where)
+
+
+@jax.custom_vjp
+def weigh_gradient(rows: Array, weights: Array) -> Array:
+  """The rows float[..., M] as they are; their gradients are multiplied by weights float32[...], which have none."""
+  del weights
+  return rows
+
+
+def _weigh_backward(weights: Array, gradient: Array) -> tuple[Array, Array]:
+  return weights[..., None].astype(gradient.dtype) * gradient, jnp.zeros_like(weights)
+
+
 fill.defvjp(_fill_forward, _fill_backward)
-read.defvjp(_read_forward, _read_backward)
+read_deferred.defvjp(_read_forward, _read_backward)
+weigh_gradient.defvjp(lambda rows, weights: (rows, weights), _weigh_backward)
 
 
 def _by_choice(slots: Array, where: SlotMap) -> Array:

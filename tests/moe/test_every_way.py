@@ -190,7 +190,7 @@ def visits(dispatcher, plan, **options):
     bits = jnp.sum(weights['bit'].T * jax.nn.one_hot(expert, len(blocks)), axis=1)
     return jnp.concatenate([jnp.ones_like(rows[:, :1]) * bits[:, None], rows[:, 1:]], axis=1)
 
-  def of_slots(weights, slots):
+  def of_slots(weights, slots, _):
     bits = jnp.broadcast_to(weights['bit'][None, :, :, None], (*slots.shape[:3], 1))
     return jnp.concatenate([bits, slots[..., 1:]], axis=-1)
 

@@ -41,7 +41,7 @@ def test_dropped_units_are_missing_and_the_others_louder(train):
   params = init(module)
   slots = np.random.default_rng(0).normal(size=(2, E, 3, M)).astype('float32')
   bank = module.apply({'params': params}, train, rngs={'dropout': KEY})
-  y = bank.apply(bank.weights, slots)
+  y = bank.apply(bank.weights, slots, np.ones(slots.shape[:3], np.float32))
   kept = np.any(np.asarray(bank.weights['wo']) != 0, axis=-1)  # [E, F]
   assert 0.5 < kept.mean() < 0.95 if train else kept.all()
   assert not train or len({tuple(row) for row in kept}) == E, 'experts drop different units'
@@ -109,6 +109,25 @@ def test_any_module_is_an_expert(dispatcher, shape, rules, mesh):
 def test_an_expert_gives_as_many_features_as_it_takes():
   with pytest.raises(ConfigError, match=f'Dense as an expert turns {M} features into 5'):
     init(ModuleExperts(E, M, functools.partial(nn.Dense, 5)))
+
+
+@pytest.mark.parametrize('activations', [('gelu',), ('silu', 'linear')])
+def test_gradients_of_answers_are_weighed_and_answers_are_not(activations):
+  """Gradients to weights and slots are those of the weighed answers, and the weights have none."""
+  bank = Experts(E, M, F, activations)
+  params, rng = init(bank), np.random.default_rng(0)
+  run = bank.apply({'params': params}).apply
+  slots, to_answers = rng.normal(size=(2, 2, E, 3, M)).astype('float32')
+  weight = np.where(rng.random((2, E, 3)) < 0.3, 0, rng.random((2, E, 3))).astype('float32')
+  y, pull = jax.vjp(run, params, slots, weight)
+  expected, pull_expected = jax.vjp(lambda params, slots: run(params, slots, np.ones_like(weight)), params, slots)
+  np.testing.assert_array_equal(y, expected)
+  to_params, to_slots, to_weight = pull(to_answers)
+  assert not np.any(to_weight)
+  for actual, its in zip(
+    jax.tree.leaves((to_params, to_slots)), jax.tree.leaves(pull_expected(weight[..., None] * to_answers)), strict=True
+  ):
+    np.testing.assert_allclose(actual, its, rtol=1e-4, atol=1e-5)
 
 
 # ---- Attention ------------------------------------------------------------------------------------------------------

@@ -12,9 +12,12 @@ from moe_jax.types import Array
 
 def gather(experts: ExpertBank, tokens: Array, plan: Plan) -> tuple[Array, Journey]:
   """See `Dispatcher`."""
-  slots = constrain(plan.fill(tokens), 'group', None, None, None)
-  slots = constrain(slots, 'expert_group', 'expert', None, None)  # all-to-all
-  slots = experts.apply(experts.weights, slots)
+
+  def out(x: Array) -> Array:
+    rest = (None,) * (x.ndim - 2)
+    return constrain(constrain(x, 'group', None, *rest), 'expert_group', 'expert', *rest)  # all-to-all
+
+  slots = experts.apply(experts.weights, out(plan.fill(tokens)), out(plan.gradient_weight()))
   slots = constrain(slots, 'expert_group', 'expert', None, None)
   slots = constrain(slots, 'group', None, None, None)  # all-to-all
   return plan.read(slots), full_buffers(tokens, plan)
