@@ -44,14 +44,19 @@ class Chip:
   options: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-# Matmuls may use 32 MiB of the memory on chip, more than XLA gives them by itself: their windows are larger, and steps
-# take up to a seventh fewer cycles (tests/benchmarks). On v4 and v6e it changes nothing.
-WIDE = {'xla_tpu_scoped_vmem_limit_kib': '32768'}
+def _room_for_fusions(mebibytes: int) -> dict[str, str]:
+  """More of the memory on chip than XLA gives a fusion by itself.
+
+  Windows of matmuls are larger then, and whole steps take up to a third fewer cycles (tests/benchmarks). Too much is
+  bad as well: it is taken from arrays that could stay on chip. On v4 and v6e nothing was gained.
+  """
+  return {'xla_tpu_scoped_vmem_limit_kib': str(1024 * mebibytes)}
+
 
 CHIPS = {  # by `jax.Device.device_kind`
   'TPU v4': Chip('v4', 2.75e14, 32 * 2**30, 1.2e12, 4.5e10, 6.25e9, 1.05e9, 3, 4),
-  'TPU v5': Chip('v5p', 4.59e14, 95 * 2**30, 2.765e12, 9e10, 6.25e9, 1.75e9, 3, 4, WIDE),
-  'TPU v5 lite': Chip('v5e', 1.97e14, 16 * 2**30, 8.1e11, 4.5e10, 3.1e9, 1.5e9, 2, 16, WIDE),
+  'TPU v5': Chip('v5p', 4.59e14, 95 * 2**30, 2.765e12, 9e10, 6.25e9, 1.75e9, 3, 4, _room_for_fusions(48)),
+  'TPU v5 lite': Chip('v5e', 1.97e14, 16 * 2**30, 8.1e11, 4.5e10, 3.1e9, 1.5e9, 2, 16, _room_for_fusions(60)),
   # The clock of v6e is not published: that of v5p is assumed.
   'TPU v6 lite': Chip('v6e', 9.2e14, 32 * 2**30, 1.64e12, 9e10, 12.5e9, 1.75e9, 2, 16),
 }

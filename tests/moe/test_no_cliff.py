@@ -10,6 +10,7 @@ import math
 import pytest
 
 from moe_jax import sharding
+from moe_jax.analysis.chips import CHIPS
 from moe_jax.analysis.compiled import collectives, cycles, operations
 from moe_jax.moe.dispatchers.all_to_all import all_to_all
 from moe_jax.moe.dispatchers.einsum import einsum
@@ -31,7 +32,7 @@ def compiled(tpu):
     mesh = tpu('v5e:16x16', *shape)
     with sharding.activate(mesh, sharding.replicated_rules()):
       program = layer_program(SHAPE, dispatcher) if dispatcher else bare_program(SHAPE)
-      executable = program.compile()
+      executable = program.compile(CHIPS['TPU v5 lite'].options)
     return operations(executable.as_text()), executable.memory_analysis().temp_size_in_bytes
 
   return compile
