@@ -26,28 +26,40 @@ class ExpertBank(NamedTuple):
   """All experts of one layer, ready for a dispatcher to carry tokens to.
 
   Attributes:
-    apply: (weights, float[G, E, C, M], gradient_weight float32[G, E, C]) -> float[G, E, C, M], each expert on its own
-      slots; sums over hidden shards are partial where `weights` hold only a shard of the hidden axis. Gradients of
-      the answers are multiplied by `gradient_weight`, which itself has none (see `slots.read_deferred`).
+    apply: (weights, float[G, E, C, M]) -> float[G, E, C, M], each expert on its own slots; sums over hidden shards are
+      partial where `weights` hold only a shard of the hidden axis.
     weights: arrays with a leading expert axis.
     axes: logical axis names of each weight.
     grouped: (weights, float[N, M], blocks int32[E], block) -> float[N, M], on rows that are sorted by expert, so many
       blocks of `block` rows each; None for experts that run on buffers only.
+    weighed: (weights, float[G, E, C, M], gradient_weight float32[G, E, C]) -> as `apply`, for experts that multiply the
+      gradients of their answers more cheaply than by a pass over all rows; None for others.
   """
 
-  apply: Callable[[Weights, Array, Array], Array]
+  apply: Callable[[Weights, Array], Array]
   weights: Weights
   axes: dict[str, tuple[str | None, ...]]
   grouped: Callable[[Weights, Array, Array, int], Array] | None = None
+  weighed: Callable[[Weights, Array, Array], Array] | None = None
+
+  def answer(self, weights: Weights, slots: Array, gradient_weight: Array | None) -> Array:
+    """As `apply`; gradients of the answers are multiplied by `gradient_weight`, if any (see `slots.read_deferred`)."""
+    if gradient_weight is None:
+      return self.apply(weights, slots)
+    if self.weighed:
+      return self.weighed(weights, slots, gradient_weight)
+    return weigh_gradient(self.apply(weights, slots), gradient_weight)
 
 
-def expert_mlp(weights: Weights, slots: Array, gradient_weight: Array, activations: Sequence[str]) -> Array:
+def expert_mlp(
+  weights: Weights, slots: Array, gradient_weight: Array | None = None, *, activations: Sequence[str]
+) -> Array:
   """Runs every expert's feed-forward on its own slots.
 
   Args:
     weights: 'wi_0', 'wi_1', ..., one a branch, float[E, M, F]; 'wo' float[E, F, M]; F hidden.
     slots: float[G, E, C, M].
-    gradient_weight: float32[G, E, C], by which gradients of the answers are multiplied.
+    gradient_weight: float32[G, E, C], by which gradients of the answers are multiplied; None is 1.
     activations: one per branch, see `layers.mlp.apply_activations`.
 
   Returns:
@@ -56,7 +68,8 @@ def expert_mlp(weights: Weights, slots: Array, gradient_weight: Array, activatio
   shape = slots.shape
   if shape[1] == 1:  # one expert has one block of rows, which TPUs do not see by themselves
     slots = slots.reshape(1, 1, -1, shape[-1])
-  gradient_weight = gradient_weight.reshape(slots.shape[:3])
+  if gradient_weight is not None:
+    gradient_weight = gradient_weight.reshape(slots.shape[:3])
   branches = [_into_experts(slots, weights[f'wi_{i}']) for i in range(len(activations))]
   return _out_of_experts(apply_activations(branches, activations), weights['wo'], gradient_weight).reshape(shape)
 
@@ -91,21 +104,25 @@ def _into_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, 
 
 
 @jax.custom_vjp
-def _out_of_experts(hidden: Array, wo: Array, gradient_weight: Array) -> Array:
+def _out_of_experts(hidden: Array, wo: Array, gradient_weight: Array | None) -> Array:
   """float[E, G, C, F], float[E, F, M] -> float[G, E, C, M], whose gradient is weighed by float32[G, E, C]."""
   return _groups_first(_dot(hidden, wo.astype(hidden.dtype), contract=((3,), (1,)), batch=((0,), (0,))))
 
 
-def _out_forward(hidden: Array, wo: Array, gradient_weight: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+def _out_forward(hidden: Array, wo: Array, gradient_weight: Array | None) -> tuple[Array, Any]:
   return _out_of_experts(hidden, wo, gradient_weight), (hidden, wo, gradient_weight)
 
 
-def _out_backward(saved: tuple[Array, Array, Array], gradient: Array) -> tuple[Array, Array, Array]:
+def _out_backward(saved: Any, gradient: Array) -> tuple[Array, Array, None]:
+  # The weight multiplies the hidden side of both products, where TPUs do it inside matmuls. Of `gradient`, that both
+  # products need, they would first make a weighed copy.
   hidden, wo, gradient_weight = saved
-  by_row = gradient_weight.swapaxes(0, 1)[..., None].astype(hidden.dtype)
-  to_hidden = by_row * _dot(gradient, wo.astype(hidden.dtype), contract=((3,), (2,)), batch=((1,), (0,)))
-  to_wo = _dot(by_row * hidden, gradient, contract=((1, 2), (0, 2)), batch=((0,), (1,)), dtype=wo.dtype)
-  return to_hidden, to_wo, jnp.zeros_like(gradient_weight)
+  to_hidden = _dot(gradient, wo.astype(hidden.dtype), contract=((3,), (2,)), batch=((1,), (0,)))
+  if gradient_weight is not None:
+    by_row = gradient_weight.swapaxes(0, 1)[..., None].astype(hidden.dtype)
+    hidden, to_hidden = by_row * hidden, by_row * to_hidden
+  to_wo = _dot(hidden, gradient, contract=((1, 2), (0, 2)), batch=((0,), (1,)), dtype=wo.dtype)
+  return to_hidden, to_wo, None
 
 
 _into_experts.defvjp(_into_forward, _into_backward)
@@ -179,12 +196,8 @@ class Experts(nn.Module):
     dropout = nn.Dropout(self.dropout_rate, broadcast_dims=(2,), deterministic=not train)
     weights['wo'] = dropout(weights['wo'])
     activations = tuple(self.activations)
-    return ExpertBank(
-      apply=functools.partial(expert_mlp, activations=activations),
-      weights=weights,
-      axes=axes,
-      grouped=functools.partial(grouped_expert_mlp, activations=activations),
-    )
+    mlp, grouped = (functools.partial(run, activations=activations) for run in (expert_mlp, grouped_expert_mlp))
+    return ExpertBank(mlp, weights, axes, grouped, weighed=mlp)
 
 
 class ModuleExperts(nn.Module):
@@ -229,11 +242,10 @@ class ModuleExperts(nn.Module):
       )
     weights = {name: x.astype(self.dtype) for name, x in flatten_dict(params, sep='/').items()}
 
-    def apply(weights: Weights, slots: Array, gradient_weight: Array) -> Array:
+    def apply(weights: Weights, slots: Array) -> Array:
       rows = slots.swapaxes(0, 1).reshape(slots.shape[1], -1, slots.shape[3])
       rows = jax.vmap(run)(unflatten_dict(weights, sep='/'), rows)
-      answers = rows.reshape(slots.shape[1], slots.shape[0], *slots.shape[2:]).swapaxes(0, 1).astype(slots.dtype)
-      return weigh_gradient(answers, gradient_weight)
+      return rows.reshape(slots.shape[1], slots.shape[0], *slots.shape[2:]).swapaxes(0, 1).astype(slots.dtype)
 
     boxes = flatten_dict(jax.eval_shape(init, jax.random.key(0)), sep='/')
     return ExpertBank(apply, weights, {name: box.names for name, box in boxes.items()})

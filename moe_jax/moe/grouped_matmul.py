@@ -152,7 +152,7 @@ def _per_expert(rows: Array, gradient: Array, blocks: Array, block: int, dtype: 
   return _by_platform(kernel, loop, rows, gradient, blocks)
 
 
-_MEGABYTE = 2**20  # TPUs have 16 of fast memory for a kernel; what is streamed takes its size twice
+_MEGABYTE = 2**20  # TPUs give 16 of fast memory for a kernel; what is streamed takes its size twice
 INTERPRET = False  # tests run the kernels on a CPU
 
 

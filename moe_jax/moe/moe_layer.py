@@ -159,5 +159,6 @@ class MoELayer(nn.Module):
   def dispatch(self, experts: ExpertBank, tokens: Array, plan: Plan) -> tuple[Array, Journey]:
     """The dispatcher's journey, under a name by which it can be watched from outside; and so are the experts on it."""
     inside = jax.named_scope('[experts]')
-    experts = experts._replace(apply=inside(experts.apply), grouped=experts.grouped and inside(experts.grouped))
+    runs = {name: getattr(experts, name) for name in ('apply', 'grouped', 'weighed')}
+    experts = experts._replace(**{name: run and inside(run) for name, run in runs.items()})
     return self.dispatcher(experts, tokens, plan)

@@ -209,13 +209,16 @@ class SoftRoutingPlan:
     """As `RoutingPlan.read`, by an einsum."""
     return jnp.einsum('gsec,gecm->gsm', self.combine_array(slots.dtype), slots)
 
-  def gradient_weight(self) -> Array:
-    """As `RoutingPlan.gradient_weight`; `read` leaves nothing to weigh."""
-    return jnp.ones_like(self.combine[:, 0])
+  def gradient_weight(self) -> None:
+    """`read` leaves nothing to weigh."""
+    return None
 
 
 class Plan(Protocol):
-  """What dispatchers need of a plan: to fill buffers and to read them, either way as it likes or by one-hot arrays."""
+  """What dispatchers need of a plan: to fill buffers and to read them, either way as it likes or by one-hot arrays.
+
+  Who uses `read` has the gradients of what is read multiplied by `gradient_weight`, unless it is None.
+  """
 
   @property
   def groups(self) -> int: ...
@@ -229,7 +232,7 @@ class Plan(Protocol):
   def combine_array(self, dtype: Dtype) -> Array: ...
   def fill(self, tokens: Array) -> Array: ...
   def read(self, slots: Array) -> Array: ...
-  def gradient_weight(self) -> Array: ...
+  def gradient_weight(self) -> Array | None: ...
 
 
 def assign_slots(expert_index: Array, num_experts: int, valid: Array, priority: Array | None = None) -> Array:

@@ -5,7 +5,8 @@ is fetching the other way: no rows of activations are ever added up by a scatter
 GPUs. Only the map itself, of integers, is made by one. (The exception is a plan in which every expert counts as a
 choice of every token, as in expert choice: there the few slots are scattered, not the many choices fetched.)
 
-Nothing is masked that need not be: an empty slot holds some token, whose answer nobody reads and whose gradient is 0.
+Nothing is masked that need not be: an empty slot holds some token, whose answer nobody reads and whose gradient has
+weight 0.
 """
 
 import functools
@@ -66,10 +67,10 @@ def read(slots: Array, weights: Array, where: SlotMap) -> Array:
 
 @jax.custom_vjp
 def read_deferred(slots: Array, weights: Array, where: SlotMap) -> Array:
-  """As `read`, but gradients come to the slots without weights.
+  """As `read`, but gradients come to the slots without weights, and an empty slot gets some token's.
 
-  Who computed what is in the slots multiplies them by `slot_weights`: matmuls do it on the way, and on TPUs a pass over
-  all rows is saved.
+  Who computed what is in the slots has to multiply them by `slot_weights`, 0 where empty: matmuls do it on the way, and
+  TPUs are spared a pass over all rows.
   """
   return _read_forward(slots, weights, where)[0]
 
@@ -91,7 +92,10 @@ def _read_backward(saved: tuple[Array, SlotMap], gradient: Array) -> tuple[Array
 
 
 def slot_weights(weights: Array, where: SlotMap) -> Array:
-  """Of each slot's choice, without a gradient: float32[G, S, K] -> float32[G, N]; 0 where the slot is empty."""
+  """Of each slot's choice: float32[G, S, K] -> float32[G, N]; 0 where the slot is empty.
+
+  Constants, so that second derivatives of `read` are not to be had.
+  """
   return _seat(jax.lax.stop_gradient(weights), where)
 
 
@@ -102,8 +106,8 @@ def weigh_gradient(rows: Array, weights: Array) -> Array:
   return rows
 
 
-def _weigh_backward(weights: Array, gradient: Array) -> tuple[Array, Array]:
-  return weights[..., None].astype(gradient.dtype) * gradient, jnp.zeros_like(weights)
+def _weigh_backward(weights: Array, gradient: Array) -> tuple[Array, None]:
+  return weights[..., None].astype(gradient.dtype) * gradient, None
 
 
 fill.defvjp(_fill_forward, _fill_backward)

@@ -35,7 +35,7 @@ ACTIVATIONS = ('gelu', 'linear')
 
 def bank(weights):
   apply, grouped = (functools.partial(run, activations=ACTIVATIONS) for run in (expert_mlp, grouped_expert_mlp))
-  return ExpertBank(apply, weights, AXES, grouped)
+  return ExpertBank(apply, weights, AXES, grouped, weighed=apply)
 
 
 def experts(num_experts, dtype='float32'):
@@ -152,6 +152,18 @@ def test_soft(name, shape, mesh):
   assert_close(actual, expected(8, soft=True), 1e-5)
 
 
+@pytest.mark.parametrize('shape', [(1, 1, 1), (2, 4, 1), (1, 4, 2)], ids=ids)
+@pytest.mark.parametrize('name', ['gather', 'all_to_all'])
+def test_crowded(name, shape, mesh):
+  """Every expert counts as a choice of every token, and few have a slot."""
+  plan = plans(8)['expert_choice']
+  assert plan.expert_index[0].size > 2 * plan.slots
+  weights, tokens = experts(8), stacked_tokens(plan.groups)
+  assert_close(
+    carried(DISPATCHERS[name], shape, mesh, weights, tokens, plan), outcome(everywhere, weights, tokens, plan), 1e-5
+  )
+
+
 def test_soft_makes_no_choices():
   plan = plans(8)['soft']
   assert isinstance(plan, SoftRoutingPlan)
@@ -190,7 +202,7 @@ def visits(dispatcher, plan, **options):
     bits = jnp.sum(weights['bit'].T * jax.nn.one_hot(expert, len(blocks)), axis=1)
     return jnp.concatenate([jnp.ones_like(rows[:, :1]) * bits[:, None], rows[:, 1:]], axis=1)
 
-  def of_slots(weights, slots, _):
+  def of_slots(weights, slots):
     bits = jnp.broadcast_to(weights['bit'][None, :, :, None], (*slots.shape[:3], 1))
     return jnp.concatenate([bits, slots[..., 1:]], axis=-1)
 

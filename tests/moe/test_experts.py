@@ -41,7 +41,7 @@ def test_dropped_units_are_missing_and_the_others_louder(train):
   params = init(module)
   slots = np.random.default_rng(0).normal(size=(2, E, 3, M)).astype('float32')
   bank = module.apply({'params': params}, train, rngs={'dropout': KEY})
-  y = bank.apply(bank.weights, slots, np.ones(slots.shape[:3], np.float32))
+  y = bank.apply(bank.weights, slots)
   kept = np.any(np.asarray(bank.weights['wo']) != 0, axis=-1)  # [E, F]
   assert 0.5 < kept.mean() < 0.95 if train else kept.all()
   assert not train or len({tuple(row) for row in kept}) == E, 'experts drop different units'
@@ -116,11 +116,11 @@ def test_gradients_of_answers_are_weighed_and_answers_are_not(activations):
   """Gradients to weights and slots are those of the weighed answers, and the weights have none."""
   bank = Experts(E, M, F, activations)
   params, rng = init(bank), np.random.default_rng(0)
-  run = bank.apply({'params': params}).apply
+  run = bank.apply({'params': params}).answer
   slots, to_answers = rng.normal(size=(2, 2, E, 3, M)).astype('float32')
   weight = np.where(rng.random((2, E, 3)) < 0.3, 0, rng.random((2, E, 3))).astype('float32')
   y, pull = jax.vjp(run, params, slots, weight)
-  expected, pull_expected = jax.vjp(lambda params, slots: run(params, slots, np.ones_like(weight)), params, slots)
+  expected, pull_expected = jax.vjp(lambda params, slots: run(params, slots, None), params, slots)
   np.testing.assert_array_equal(y, expected)
   to_params, to_slots, to_weight = pull(to_answers)
   assert not np.any(to_weight)

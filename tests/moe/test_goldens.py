@@ -158,7 +158,7 @@ def test_vmoe_dispatchers(name, indices, kept, slots):
   assert_kept(plan, kept)
   seen = []
 
-  def idle(_, x, __):
+  def idle(_, x):
     seen.append(x)
     return x
 
@@ -180,7 +180,7 @@ def test_vmoe_dispatchers_on_a_mesh(name, shape, mesh):
 
   @jax.jit
   def run(p, tokens, plan):
-    bank = ExpertBank(lambda w, x, _: x + w['p'][None, :, None, None], {'p': p}, {'p': ('expert',)})
+    bank = ExpertBank(lambda w, x: x + w['p'][None, :, None, None], {'p': p}, {'p': ('expert',)})
     return DISPATCHERS[name](bank, tokens, plan)[0]
 
   tokens = 10 * np.arange(1, 33, dtype=np.float32).reshape(8, 4, 1)

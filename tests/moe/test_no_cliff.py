@@ -39,7 +39,7 @@ def compiled(tpu):
 
 
 def check_traffic(dispatcher, ops, shape):
-  """Four all-to-alls of the least size, sums of gradients, what tensor parallelism needs over `model`, nothing else."""
+  """Four all-to-alls of the least size, one of a number a row, sums of gradients, what `model` needs, nothing else."""
   data, expert, model = shape
   groups = SHAPE.batch * SHAPE.length // SHAPE.group // (data * expert)
   split = model if model > 1 and expert > 2 else 1  # then each chip carries a part of every row
@@ -47,8 +47,8 @@ def check_traffic(dispatcher, ops, shape):
   weight = SHAPE.experts // expert * SHAPE.width * SHAPE.hidden // model
   found = [(op.kind, op.ways, [math.prod(s) for _, s in op.arrays], op.bytes) for op in collectives(ops)]
   exchanges = sorted(bytes for kind, _, _, bytes in found if kind == 'all-to-all')
-  weights = [buffers * split // SHAPE.width * 2] * (dispatcher is not einsum)  # float32, one a row, for its gradient
-  assert exchanges == ([*weights, *[buffers] * 4] if expert > 1 else []), found
+  numbers = [buffers * split // SHAPE.width * 2] * (dispatcher is not einsum)  # float32, to weigh its gradient by
+  assert exchanges == ([*numbers, *[buffers] * 4] if expert > 1 else []), found
   for kind, ways, sizes, _ in found:
     if kind == 'all-to-all':
       assert ways == expert, found

@@ -216,7 +216,7 @@ def layer_output(plan, tokens):
   """What comes home when expert e multiplies by e + 1."""
   experts = plan.dispatch_array(jnp.float32).shape[2]
   weights = {'scale': jnp.arange(1.0, experts + 1)}
-  bank = ExpertBank(lambda w, slots, _: slots * w['scale'][None, :, None, None], weights, {'scale': ('expert',)})
+  bank = ExpertBank(lambda w, slots: slots * w['scale'][None, :, None, None], weights, {'scale': ('expert',)})
   return einsum(bank, tokens, plan)[0]
 
 

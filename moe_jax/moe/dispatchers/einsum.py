@@ -19,7 +19,7 @@ def einsum(experts: ExpertBank, tokens: Array, plan: Plan) -> tuple[Array, Journ
   slots = jnp.einsum('gsec,gsm->gecm', plan.dispatch_array(tokens.dtype), tokens)
   slots = constrain(slots, 'group', None, None, None)
   slots = constrain(slots, 'expert_group', 'expert', None, None)  # all-to-all
-  slots = experts.apply(experts.weights, slots, jnp.ones(slots.shape[:3]))
+  slots = experts.apply(experts.weights, slots)
   slots = constrain(slots, 'expert_group', 'expert', None, None)
   slots = constrain(slots, 'group', None, None, None)  # all-to-all
   return jnp.einsum('gsec,gecm->gsm', plan.combine_array(tokens.dtype), slots), full_buffers(tokens, plan)
