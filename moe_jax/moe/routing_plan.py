@@ -217,7 +217,8 @@ class SoftRoutingPlan:
 class Plan(Protocol):
   """What dispatchers need of a plan: to fill buffers and to read them, either way as it likes or by one-hot arrays.
 
-  Who uses `read` has the gradients of what is read multiplied by `gradient_weight`, unless it is None.
+  A dispatcher that uses `read` runs its experts by `ExpertBank.answer`, with `gradient_weight` sent the way of the
+  tokens: else gradients lack the combine weights.
   """
 
   @property

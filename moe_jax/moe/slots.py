@@ -94,7 +94,7 @@ def _read_backward(saved: tuple[Array, SlotMap], gradient: Array) -> tuple[Array
 def slot_weights(weights: Array, where: SlotMap) -> Array:
   """Of each slot's choice: float32[G, S, K] -> float32[G, N]; 0 where the slot is empty.
 
-  Constants, so that second derivatives of `read` are not to be had.
+  Constants: second derivatives of `read` lack a term, and nothing says so.
   """
   return _seat(jax.lax.stop_gradient(weights), where)
 
