@@ -32,7 +32,7 @@ class ExpertBank(NamedTuple):
     axes: logical axis names of each weight.
     grouped: (weights, float[N, M], blocks int32[E], block) -> float[N, M], on rows that are sorted by expert, so many
       blocks of `block` rows each; None for experts that run on buffers only.
-    weighed: (weights, float[G, E, C, M], gradient_weight float32[G, E, C]) -> as `apply`, for experts that multiply the
+    weighed: (weights, float[G, E, C, M], gradient_weight float[G, E, C]) -> as `apply`, for experts that multiply the
       gradients of their answers more cheaply than by a pass over all rows; None for others.
   """
 
@@ -59,7 +59,7 @@ def expert_mlp(
   Args:
     weights: 'wi_0', 'wi_1', ..., one a branch, float[E, M, F]; 'wo' float[E, F, M]; F hidden.
     slots: float[G, E, C, M].
-    gradient_weight: float32[G, E, C], by which gradients of the answers are multiplied; None is 1.
+    gradient_weight: float[G, E, C], by which gradients of the answers are multiplied; None is 1.
     activations: one per branch, see `layers.mlp.apply_activations`.
 
   Returns:
@@ -105,7 +105,7 @@ def _into_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, 
 
 @jax.custom_vjp
 def _out_of_experts(hidden: Array, wo: Array, gradient_weight: Array | None) -> Array:
-  """float[E, G, C, F], float[E, F, M] -> float[G, E, C, M], whose gradient is weighed by float32[G, E, C]."""
+  """float[E, G, C, F], float[E, F, M] -> float[G, E, C, M], whose gradient is weighed by float[G, E, C]."""
   return _groups_first(_dot(hidden, wo.astype(hidden.dtype), contract=((3,), (1,)), batch=((0,), (0,))))
 
 

@@ -89,9 +89,10 @@ class RoutingPlan:
     """
     return read_deferred(slots.reshape(len(slots), -1, slots.shape[-1]), self.combine_weight, self._map)
 
-  def gradient_weight(self) -> Array:
-    """float32[G, E, C], the combine weight of the choice in each slot; 0 where it is empty."""
-    return slot_weights(self.combine_weight, self._map).reshape(-1, self.num_experts, self.capacity)
+  def gradient_weight(self, dtype: Dtype) -> Array:
+    """[G, E, C], the combine weight of the choice in each slot; 0 where it is empty."""
+    weights = slot_weights(self.combine_weight, self._map).astype(dtype)
+    return weights.reshape(-1, self.num_experts, self.capacity)
 
   @property
   def _map(self) -> SlotMap:
@@ -209,9 +210,9 @@ class SoftRoutingPlan:
     """As `RoutingPlan.read`, by an einsum."""
     return jnp.einsum('gsec,gecm->gsm', self.combine_array(slots.dtype), slots)
 
-  def gradient_weight(self) -> None:
+  def gradient_weight(self, dtype: Dtype) -> None:
     """`read` leaves nothing to weigh."""
-    return None
+    del dtype
 
 
 class Plan(Protocol):
@@ -233,7 +234,7 @@ class Plan(Protocol):
   def combine_array(self, dtype: Dtype) -> Array: ...
   def fill(self, tokens: Array) -> Array: ...
   def read(self, slots: Array) -> Array: ...
-  def gradient_weight(self) -> Array | None: ...
+  def gradient_weight(self, dtype: Dtype) -> Array | None: ...
 
 
 def assign_slots(expert_index: Array, num_experts: int, valid: Array, priority: Array | None = None) -> Array:

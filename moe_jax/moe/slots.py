@@ -101,7 +101,7 @@ def slot_weights(weights: Array, where: SlotMap) -> Array:
 
 @jax.custom_vjp
 def weigh_gradient(rows: Array, weights: Array) -> Array:
-  """The rows float[..., M] as they are; their gradients are multiplied by weights float32[...], which have none."""
+  """The rows float[..., M] as they are; their gradients are multiplied by weights float[...], which have none."""
   del weights
   return rows
 

@@ -47,7 +47,7 @@ def check_traffic(dispatcher, ops, shape):
   weight = SHAPE.experts // expert * SHAPE.width * SHAPE.hidden // model
   found = [(op.kind, op.ways, [math.prod(s) for _, s in op.arrays], op.bytes) for op in collectives(ops)]
   exchanges = sorted(bytes for kind, _, _, bytes in found if kind == 'all-to-all')
-  numbers = [buffers * split // SHAPE.width * 2] * (dispatcher is not einsum)  # float32, to weigh its gradient by
+  numbers = [buffers * split // SHAPE.width] * (dispatcher is not einsum)  # to weigh gradients by
   assert exchanges == ([*numbers, *[buffers] * 4] if expert > 1 else []), found
   for kind, ways, sizes, _ in found:
     if kind == 'all-to-all':

@@ -24,7 +24,7 @@ def all_to_all(experts: ExpertBank, tokens: Array, plan: Plan) -> tuple[Array, J
     out = functools.partial(device.exchange, split_axis=1, concat_axis=0)  # [g, E, ...] -> [g * n, E / n, ...]
     home = functools.partial(device.exchange, split_axis=0, concat_axis=1)
     slots = device.whole_rows(out(plan.fill(tokens.reshape(plan.groups, -1, shape[-1]))))
-    slots = experts.answer(weights, slots, jax.tree.map(out, plan.gradient_weight()))
+    slots = experts.answer(weights, slots, jax.tree.map(out, plan.gradient_weight(tokens.dtype)))
     slots = home(device.share_rows(slots))
     return plan.read(slots).reshape(shape), {}
 

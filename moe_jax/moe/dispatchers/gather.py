@@ -19,7 +19,7 @@ def gather(experts: ExpertBank, tokens: Array, plan: Plan) -> tuple[Array, Journ
     rest = (None,) * (x.ndim - 2)
     return constrain(constrain(x, 'group', None, *rest), 'expert_group', 'expert', *rest)  # all-to-all
 
-  slots = experts.answer(experts.weights, out(plan.fill(tokens)), jax.tree.map(out, plan.gradient_weight()))
+  slots = experts.answer(experts.weights, out(plan.fill(tokens)), jax.tree.map(out, plan.gradient_weight(tokens.dtype)))
   slots = constrain(slots, 'expert_group', 'expert', None, None)
   slots = constrain(slots, 'group', None, None, None)  # all-to-all
   return plan.read(slots), full_buffers(tokens, plan)
