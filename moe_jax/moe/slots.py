@@ -72,16 +72,16 @@ def read_deferred(slots: Array, weights: Array, where: SlotMap) -> Array:
   Who computed what is in the slots has to multiply them by `slot_weights`, 0 where empty: matmuls do it on the way, and
   TPUs are spared a pass over all rows.
   """
-  return _weighed(_by_choice(slots, where), jnp.where(where.seated, weights, 0), where)
+  return _read_forward(slots, weights, where)[0]
 
 
 def _read_forward(slots: Array, weights: Array, where: SlotMap) -> tuple[Array, tuple[Array, SlotMap]]:
-  return read_deferred(slots, weights, where), (slots, where)
+  rows = _by_choice(slots, where)
+  return _weighed(rows, jnp.where(where.seated, weights, 0), where), (rows, where)
 
 
 def _read_backward(saved: tuple[Array, SlotMap], gradient: Array) -> tuple[Array, Array, None]:
-  slots, where = saved
-  rows = _by_choice(slots, where)  # as forward: TPUs keep them, CPUs fuse them into both sums
+  rows, where = saved
   to_slots = _rows(gradient, where.token_of_slot)
   if where.crowded:
     dots = _dots('gnm,gnm->gn', to_slots, rows)
